@@ -1,0 +1,1 @@
+"""What the training scripts share: tasks, asset packs, environment, model, evaluation and files."""
