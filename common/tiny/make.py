@@ -1,0 +1,77 @@
+"""Write this folder's tokenizer.json and config.json: the embedded 1 M parameter model's vocabulary and shape.
+
+Words: the benchmark's 21 instruction templates, the object and receptacle names of both asset packs, digits, colours and
+simple shapes, punctuation; any other word becomes <unk>. The prompt's two constant pieces are one token each, so the
+prompt is the same text as at full size and only as long as the instruction. Run: python -m common.tiny.make
+"""
+
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+from common.vla import PROMPT
+
+WORDS = """
+a an the it s this that is so be should can could would you please and then to on onto over of in into from at for where with
+put place set move take pick up down set make sure surface table lay position atop arrange resting placed
+carrot kitchen shovel bread plastic bottle 7up can zuchinni zucchini ketchup watering pipe toy bear fast food cup plant
+banana hamburger golf ball bbq sauce travel pepper nonstop potato baguette champagne glass spoon onion
+plate cloth carpet newspaper sheet metal drawing tablet tomato slice pizza flat bowl gramophone disk frying pan mouse pad
+cutting chess board manhole cover envelope notepad
+red green blue yellow orange purple pink brown black white gray grey cyan magenta teal violet navy olive beige gold silver
+light dark bright small big large tall short long thin thick wide round square
+cube box block brick cuboid sphere cylinder cone capsule rod bar stick ring disc tray mat dish saucer towel napkin book
+eggplant corn apple lemon lime pear peach plum egg mushroom cucumber eraser marker candle dice die peg stone bell object
+hexagon octagon oval ellipse triangle pyramid wedge prism rectangle strip slab tile coaster lid basket
+0 1 2 3 4 5 6 7 8 9 . , ? ! : ; - ’ ' / ( )
+"""
+BASE = 512  # action ids are BASE-256 .. BASE-1, padding is BASE: the published model's layout with 32000 in place of 512
+
+
+def main(folder: Path = Path(__file__).parent) -> None:
+    """Write both files into `folder`."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    for piece in [*PROMPT.split("{}"), *WORDS.split()]:
+        vocab.setdefault(piece, len(vocab))
+    assert len(vocab) <= BASE - 256, len(vocab)
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in PROMPT.split("{}")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "model_type": "openvla",
+        "vision_backbone_id": "conv-stem",
+        "camera_size": [160, 120],  # pixels; other image sizes are resized to this, then cropped
+        "crop": [16, 26, 128, 106],  # left, top, right, bottom: where objects and gripper move
+        "stem_channels": [32, 64, 128, 128],  # one 3x3 stride-2 convolution each: 7 x 5 image tokens
+        "n_action_bins": 256,
+        "pad_to_multiple_of": 64,
+        "text_config": {
+            "vocab_size": BASE + 64,
+            "hidden_size": 128,
+            "intermediate_size": 344,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 256,
+            "pad_token_id": BASE,
+        },
+        "value_head_widths": [128, 64],
+        "norm_stats": {
+            "bridge_orig": {
+                "action": {
+                    "mask": [True] * 6 + [False],
+                    "q01": [-0.02872725307941437, -0.04170349963009357, -0.026093858778476715,
+                            -0.08092105075716972, -0.09288699507713317, -0.20718276381492615, 0.0],
+                    "q99": [0.028309678435325586, 0.040855254605412394, 0.040161586627364146,
+                            0.08192047759890528, 0.07792850524187081, 0.20382574498653397, 1.0],
+                }
+            }
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
