@@ -1,0 +1,36 @@
+# make demo | test | lint | doctor: each sets the machine up first (scripts/setup.sh), in seconds when nothing is missing.
+VENV ?= .venv
+PY := $(VENV)/bin/python
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test lint format doctor lock clean
+help:
+	@echo "make demo    train PPO for a few iterations in the real simulator; prints where the curve and the video are"
+	@echo "make test    ruff and the whole test suite (arguments for pytest: PYTEST_ARGS='-k gae')"
+	@echo "make doctor  what this machine can do, with a fix for what is missing"
+	@echo "make setup | lint | format | lock | clean"
+
+setup:
+	@VENV=$(VENV) bash scripts/setup.sh
+
+DEMO_ARGS ?= --num-envs 64 --num-iterations 3
+demo: setup
+	$(PY) ppo_vla.py $(DEMO_ARGS)
+
+test: lint
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(PY) -m ruff check .
+
+format: setup
+	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+
+doctor: setup
+	$(PY) -m common.doctor
+
+lock: setup ## exact versions of what is installed now; run it on a machine without a GPU (CUDA packages are not listed)
+	$(PY) -m pip freeze --exclude-editable | sed 's/+cpu$$//' > scripts/constraints.txt
+
+clean: ## the environment and caches; never runs/ or checkpoints/
+	rm -rf $(VENV) build ./*.egg-info .pytest_cache .ruff_cache && find . -name __pycache__ -type d -prune -exec rm -rf {} +
