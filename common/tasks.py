@@ -244,9 +244,10 @@ def composite(rgb, foreground, background, texture, mix, mode: str, ratio: float
     """
     _check("mode", mode, ("plain", "texture", "whole"))
     _check("fidelity", fidelity, ("fixed", "published"))
-    for image in (rgb, background) if mode == "plain" else (rgb, background, texture):
-        if image.shape != (*foreground.shape, 3) or image.dtype != torch.uint8:
-            raise ValueError(f"image is {tuple(image.shape)} {image.dtype}, not {(*foreground.shape, 3)} torch.uint8")
+    for name, image in {"rgb": rgb, "background": background, "texture": rgb if mode == "plain" else texture}.items():
+        if image is None or image.dtype != torch.uint8 or image.shape != (*foreground.shape, 3):
+            got = None if image is None else (*image.shape, image.dtype)
+            raise ValueError(f"{name} is {got}; foreground asks for {(*foreground.shape, 3, torch.uint8)}")
     out = torch.where(foreground[..., None], rgb, background)
     if mode == "plain":
         return out
