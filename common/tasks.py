@@ -30,8 +30,6 @@ TEXTURES = {"extra": "texture", "extras": (range(1), range(1, 17))}  # texture 0
 
 @dataclass(frozen=True)
 class Task:
-    """A row of the table."""
-
     name: str
     published_id: str
     objects: tuple[range, range] = SEEN
@@ -246,15 +244,15 @@ def composite(rgb, foreground, background, texture, mix, mode: str, ratio: float
     _check("fidelity", fidelity, ("fixed", "published"))
     for name, image in {"rgb": rgb, "background": background, "texture": rgb if mode == "plain" else texture}.items():
         if image is None or image.dtype != torch.uint8 or image.shape != (*foreground.shape, 3):
-            got = None if image is None else (*image.shape, image.dtype)
-            raise ValueError(f"{name} is {got}; foreground asks for {(*foreground.shape, 3, torch.uint8)}")
+            got = image if image is None else (*image.shape, image.dtype)
+            raise ValueError(f"{name} is {got}; the foreground asks for {(*foreground.shape, 3, torch.uint8)}")
     out = torch.where(foreground[..., None], rgb, background)
     if mode == "plain":
         return out
     # Indices of the rows and columns of each image that show foreground; the box is from the first to the last.
     spans = [[mask.any(dim=dim).nonzero().flatten().tolist() or [0] for dim in (1, 0)] for mask in foreground]
     sizes = [(rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1) for rows, columns in spans]
-    largest = tuple(map(max, *sizes, (1, 1)))
+    largest = tuple(map(max, *sizes, (1, 1)))  # over the batch
     for i, ((rows, columns), (h, w), weight) in enumerate(zip(spans, sizes, (mix * ratio).tolist(), strict=True)):
         if mode == "texture":
             box = (i, slice(rows[0], rows[0] + h), slice(columns[0], columns[0] + w))

@@ -136,6 +136,7 @@ def test_decode_gives_back_encoded_digits(name, split):
     for got, want in ((episodes.object, objects), (episodes.plate, plates), (episodes.table, table)):
         np.testing.assert_array_equal(got, want)
     textured = name.startswith(("vision_texture", "vision_whole"))
+    assert (episodes.composite, episodes.ratio) == ((name[7:-2], int(name[-2:]) / 10) if textured else ("plain", 0.0))
     np.testing.assert_array_equal(episodes.texture, extra if textured else 0 * extra)
     np.testing.assert_array_equal(episodes.template, extra if name == "instruct" else 0 * extra)
     np.testing.assert_array_equal(episodes.arm_offset, tasks.arm_offsets()[extra if name == "ee_pose" else 0 * extra])
@@ -346,18 +347,25 @@ def first_row(image):
     return image[0, 0, :, 0].tolist()
 
 
+def composite_row(*args):
+    """First row of the composite, which must be the same for rows as for columns."""
+    turned = [x.transpose(1, 2) if torch.is_tensor(x) and x.ndim > 1 else x for x in args]
+    assert torch.equal(composite(*turned).transpose(1, 2), composite(*args))
+    return first_row(composite(*args))
+
+
 @pytest.mark.parametrize("mode", ["plain", "texture", "whole"])
 def test_zero_mix_is_the_plain_composite(mode):
     """Texture 0 has mix 0: the train split must look like main, also without any foreground."""
     args = grey([10, 20, 30, 40]), grey([1, 2, 3, 4]), grey(COLUMNS), torch.zeros(1)
     rgb, background, texture, mix = args
     for mask, want in ((columns(1, 3), [1, 20, 3, 40]), (columns(), [1, 2, 3, 4])):
-        assert first_row(composite(rgb, mask, background, texture, mix, mode, 0.5)) == want
+        assert composite_row(rgb, mask, background, texture, mix, mode, 0.5) == want
 
 
 def test_plain_needs_no_texture():
     """The default tasks must not load textures."""
-    assert first_row(composite(grey([9] * 4), columns(0), grey([5] * 4), None, None, "plain", 0.0)) == [9, 5, 5, 5]
+    assert composite_row(grey([9] * 4), columns(0), grey([5] * 4), None, None, "plain", 0.0) == [9, 5, 5, 5]
 
 
 @pytest.mark.parametrize("ratio, want", [(0.3, [35, 8, 118, 114]), (0.5, [25, 8, 130, 150])])
@@ -366,7 +374,7 @@ def test_texture_tints_the_foreground_only(ratio, want):
     rgb, background = grey([51, 50, 101, 61]), grey([7, 8, 9, 10])
     for fidelity in ("fixed", "published"):
         args = rgb, columns(0, 2, 3), background, grey(COLUMNS), torch.ones(1), "texture", ratio, fidelity
-        assert first_row(composite(*args)) == want
+        assert composite_row(*args) == want
 
 
 def test_quirk_texture_of_the_largest_box_in_the_batch():
@@ -380,7 +388,7 @@ def test_quirk_texture_of_the_largest_box_in_the_batch():
     assert first_row(both["fixed"][1:]) == first_row(both["published"][1:]) == COLUMNS.tolist()
     alone = [x[:1] for x in (rgb, mask, background, texture, torch.ones(1))]
     for fidelity in ("fixed", "published"):
-        assert first_row(composite(*alone, "texture", 1.0, fidelity)) == [7, 40, 200, 7]
+        assert composite_row(*alone, "texture", 1.0, fidelity) == [7, 40, 200, 7]
 
 
 @pytest.mark.parametrize("ratio, want", [(0.3, [25, 37, 56, 61]), (0.5, [35, 55, 80, 95]), (1.0, [60, 100, 140, 180])])
@@ -391,13 +399,13 @@ def test_whole_blends_a_window_that_follows_the_foreground(ratio, want):
     """
     for fidelity in ("fixed", "published"):
         args = grey([0, 0, 21, 11]), columns(2, 3), grey([11] * 4), grey(COLUMNS), torch.ones(1), "whole", ratio
-        assert first_row(composite(*args, fidelity)) == want
+        assert composite_row(*args, fidelity) == want
 
 
 def test_whole_without_foreground_starts_at_one():
     """An empty box is (0, 0, 0, 0) and the window's corner is at least 1."""
     args = grey([0] * 4), columns(), grey([0] * 4), grey(COLUMNS), torch.ones(1)
-    assert first_row(composite(*args, "whole", 1.0)) == [20, 60, 100, 140]
+    assert composite_row(*args, "whole", 1.0) == [20, 60, 100, 140]
 
 
 @pytest.mark.parametrize("size", [(480, 640), (120, 160), (7, 5), (2, 3)])
