@@ -1,0 +1,320 @@
+"""Demonstrations of the closed-loop expert as ManiSkill trajectory files with compressed images, and their reader.
+
+    python -m common.demos --num-demos 100 --task main --output demos/main
+
+writes `demos/main/trajectory.h5` and `trajectory.json` in ManiSkill's format, so its tools replay them.
+Details and measurements: docs/demos.md. N environments, T steps of one episode, B steps of all.
+"""
+
+import io
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import h5py
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from common.env import CAMERA, ENV_ID
+from common.evaluate import training_ids
+from common.expert import Expert
+from common.vec_env import make_envs
+
+# --- recording ---
+CONTROL_MODE = "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos"
+ENV_KEYS = ("task", "split", "assets", "image_size", "sim_freq", "solver_iterations", "fidelity", "shader_pack")
+
+
+@dataclass
+class Args:
+    output: str = "demos/main"  # directory of trajectory.h5 and .json; an unfinished or smaller set there is continued
+    num_demos: int = 100  # successful episodes to store
+    task: str = "main"  # a row of common/tasks.py
+    split: Literal["train", "test", "all"] = "train"  # its configurations; those kept for evaluation are never drawn
+    seed: int = 0  # of the episode ids and the action noise
+    assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
+    image_size: tuple[int, int] = (160, 120)  # camera pixels (width, height)
+    sim_freq: int = 250  # physics Hz
+    solver_iterations: int = 4  # of the contact solver
+    max_episode_steps: int = 40  # control steps of 0.2 s
+    fidelity: Literal["fixed", "published"] = "fixed"  # published = with the benchmark's known defects
+    shader_pack: Literal["minimal", "default"] = "minimal"  # renderer quality
+    num_envs: int = 16  # simulated at once; also the size of a part file
+    num_workers: int = 0  # simulator processes; 0 = one per core
+    hold_steps: int = 4  # steps stored after the expert is done, so that a policy learns to rest
+    action_noise: float = 0.0  # m (10 times it in rad of yaw): std added to what is executed; labels stay clean
+    image_format: Literal["jpeg", "png"] = "jpeg"  # jpeg: quality 95
+
+
+def rollout(envs, expert, episode_ids, encode, action_noise=0.0, rng=None):
+    """Run the expert for one batch of whole episodes.
+
+    Args: episode_ids (N,) int64; encode: image (H, W, 3) uint8 -> stored frame; action_noise in metres, from `rng`.
+    Returns a dict: frames N lists of T + 1, actions (executed) and labels (N, T, 7), success (N, T) bool, rewards
+    (N, T), done_at (N,) first step after which the expert rested (T if never), instructions, steps.
+    """
+    images, instructions = envs.reset(episode_ids)
+    expert.reset()
+    frames = [[encode(image)] for image in images]
+    labels, actions, success, rewards, done = [], [], [], [], []
+    for _ in range(envs.max_episode_steps):
+        label = expert.act(envs.privileged_state())
+        done.append(expert.done)
+        action = label.copy()
+        if action_noise:
+            action[:, [0, 1, 2, 5]] += rng.normal(size=(len(label), 4)) * action_noise * np.array([1, 1, 1, 10])
+        images, reward, _, infos = envs.step(action)
+        for i, image in enumerate(images):
+            frames[i].append(encode(image))
+        for values, value in ((labels, label), (actions, action), (success, infos["success"]), (rewards, reward)):
+            values.append(np.array(value))
+    done = np.stack(done, axis=1)
+    done_at = np.where(done.any(1), done.argmax(1), done.shape[1])
+    stacked = {"actions": actions, "labels": labels, "success": success, "rewards": rewards}
+    return {
+        "frames": frames, "instructions": instructions, "done_at": done_at,
+        **{key: np.stack(values, axis=1) for key, values in stacked.items()},
+    }  # fmt: skip
+
+
+def encode_image(image, image_format):
+    """(H, W, 3) uint8 -> (bytes,) uint8 array of a JPEG (quality 95, no chroma subsampling) or PNG file."""
+    buffer = io.BytesIO()
+    options = {"quality": 95, "subsampling": 0} if image_format == "jpeg" else {"compress_level": 3}
+    Image.fromarray(image).save(buffer, image_format, **options)
+    return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
+
+
+def write_episode(file, name, batch, i, length, episode_id, seed):
+    """Add the first `length` steps of episode `i` of a `rollout` to an open HDF5 file, as ManiSkill's RecordEpisode."""
+    group = file.create_group(name)
+    for key in ("actions", "success", "rewards"):
+        group[key] = batch[key][i, :length]
+    if not np.array_equal(batch["labels"], batch["actions"]):
+        group["expert_actions"] = batch["labels"][i, :length]
+    group["terminated"] = np.zeros(length, dtype=bool)
+    group["truncated"] = np.arange(1, length + 1) == length
+    rgb = group.create_dataset(f"obs/sensor_data/{CAMERA}/rgb", (length + 1,), dtype=h5py.vlen_dtype(np.uint8))
+    for t, frame in enumerate(batch["frames"][i][: length + 1]):
+        rgb[t] = frame
+    episode = {
+        "episode_seed": seed, "control_mode": CONTROL_MODE, "elapsed_steps": length, "success": True,
+        "reset_kwargs": {"options": {"episode_ids": [episode_id]}, "seed": seed},
+        "instruction": batch["instructions"][i],
+    }  # fmt: skip
+    group.attrs.update({"id": episode_id, "episode": json.dumps(episode)})
+
+
+def record(args):
+    """Write `args.num_demos` successful episodes; continues what an earlier call left. Returns the path of the .h5."""
+    final, parts = Path(args.output) / "trajectory.h5", Path(args.output) / "parts"
+    settings = {k: v for k, v in asdict(args).items() if k not in ("output", "num_demos", "num_envs", "num_workers")}
+    settings = json.loads(json.dumps(settings))
+    counts, seen = {"attempted": 0, "rejected": 0, "batches": 0}, set()
+    parts.mkdir(parents=True, exist_ok=True)
+    part_paths = sorted(parts.glob("*.h5"))
+    for path in [final] * final.exists() + part_paths:
+        with _open(path) as file:
+            old = json.loads(file.attrs["settings"])
+            changed = [f"{k} = {old.get(k)} there, {settings[k]} now" for k in settings if old.get(k) != settings[k]]
+            if changed:
+                raise ValueError(f"{path} has {', '.join(changed)}; use the same settings or another --output")
+            counts = json.loads(file.attrs["counts"])
+            seen |= {int(group.attrs["id"]) for group in file.values()}
+    if len(seen) < args.num_demos:
+        part_paths += _record_parts(args, settings, counts, seen, parts)
+    if part_paths:
+        _merge(final, part_paths, settings)
+    shutil.rmtree(parts)
+    return final
+
+
+def _record_parts(args, settings, counts, seen, parts):
+    """Run batches of episodes until `seen` holds enough ids; one file per batch. Returns the files' paths."""
+    task, rows, paths, old, start = (args.task, args.split), np.arange(args.num_envs), [], len(seen), time.time()
+    envs = make_envs(
+        *task, args.num_envs, args.assets, args.image_size, args.sim_freq, args.solver_iterations,
+        args.max_episode_steps, args.fidelity, args.shader_pack, num_workers=args.num_workers,
+    )  # fmt: skip
+    expert = Expert(args.num_envs)
+    bar = tqdm(total=args.num_demos, initial=old, unit="demo", dynamic_ncols=True)
+    try:
+        while len(seen) < args.num_demos:
+            rng = np.random.default_rng([args.seed, counts["batches"]])  # a batch's number fixes its episodes
+            ids = training_ids(*task, args.num_envs, rng)
+            batch = rollout(envs, expert, ids, lambda x: encode_image(x, args.image_format), args.action_noise, rng)
+            lengths = np.minimum(batch["done_at"] + args.hold_steps, args.max_episode_steps)
+            success = batch["success"][rows, lengths - 1] & batch["success"][:, -1]
+            counts["batches"] += 1
+            counts["attempted"] += len(ids)
+            counts["rejected"] += int((~success).sum())
+            paths.append(parts / f"{counts['batches']:06d}.h5")
+            temporary = paths[-1].with_suffix(".tmp")
+            with h5py.File(temporary, "w") as file:
+                file.attrs.update({"settings": json.dumps(settings), "counts": json.dumps(counts)})
+                for i in np.flatnonzero(success):
+                    if int(ids[i]) not in seen and len(seen) < args.num_demos:
+                        seen.add(int(ids[i]))
+                        write_episode(file, f"{i:06d}", batch, i, int(lengths[i]), int(ids[i]), args.seed)
+            os.replace(temporary, paths[-1])
+            bar.update(len(seen) - bar.n)
+            bar.set_postfix_str(f"rejected {counts['rejected']}/{counts['attempted']}")
+            if counts["attempted"] > 20 * (len(seen) + args.num_envs):
+                raise RuntimeError(
+                    f"only {len(seen)} demonstrations from {counts['attempted']} episodes of {'/'.join(task)}: raise "
+                    "--max-episode-steps (the expert needs about 25) or choose a task with more configurations"
+                )
+    finally:
+        bar.close()
+        envs.close()
+    minutes, new = (time.time() - start) / 60, len(seen) - old
+    rejected = f"rejected {counts['rejected']} of {counts['attempted']} episodes"
+    print(f"{new} demonstrations in {minutes:.1f} min ({new / minutes:.0f} per minute); {rejected}")
+    return paths
+
+
+def _merge(final, part_paths, settings):
+    """Append the parts to the trajectory file and derive its .json; each appears whole or not at all."""
+    temporary, actions, episodes = final.with_suffix(".tmp"), [], []
+    temporary.unlink(missing_ok=True)
+    if final.exists():
+        shutil.copy(final, temporary)
+    with h5py.File(temporary, "a") as file:
+        known = {int(group.attrs["id"]) for group in file.values()}
+        for path in part_paths:
+            with h5py.File(path) as part:
+                file.attrs.update(part.attrs)
+                for name in part:
+                    if int(part[name].attrs["id"]) not in known:  # known: an earlier merge was interrupted after it
+                        part.copy(name, file, f"traj_{len(file)}")
+        for k in range(len(file)):
+            group = file[f"traj_{k}"]
+            episodes.append({"episode_id": k} | json.loads(group.attrs["episode"]))
+            actions.append(group["expert_actions" if "expert_actions" in group else "actions"][:])
+        counts = json.loads(file.attrs["counts"])
+    env_kwargs = {k: settings[k] for k in ENV_KEYS} | {"obs_mode": "rgb+segmentation", "sim_backend": "physx_cpu"}
+    header = {
+        "env_info": {"env_id": ENV_ID, "env_kwargs": env_kwargs, "max_episode_steps": settings["max_episode_steps"]},
+        "source_type": "motionplanning",
+        "source_desc": "closed-loop expert of CleanVLA's common/demos.py",
+        "settings": settings,
+        "counts": counts,
+        "statistics": {"action": action_statistics(np.concatenate(actions))},
+        "episodes": episodes,
+    }
+    os.replace(temporary, final)
+    text = final.with_suffix(".json.tmp")
+    text.write_text(json.dumps(header, indent=1))
+    os.replace(text, final.with_suffix(".json"))
+
+
+# --- reading ---
+@dataclass
+class Demos:
+    """B steps of E episodes; `images` as returned by `fit`, `actions` (B, 7) float32 are the expert's labels."""
+
+    images: object
+    actions: np.ndarray
+    episodes: np.ndarray  # (B,) int64 index into `instructions` and `episode_ids`
+    instructions: list[str]
+    episode_ids: list[int]
+    statistics: dict
+    settings: dict
+
+
+FLOORS = (0.01, 0.01, 0.01, 0.05, 0.05, 0.05)  # metres, radians
+
+
+def action_statistics(actions, floors=FLOORS):
+    """{"q01", "q99", "mask"} of actions (B, 7): what decodes tokens to actions (OpenVLA's normalisation).
+
+    With floors (6,), the range of each of the first six dimensions is symmetric and at least +-floor: dimensions that
+    hardly move keep a sensible unit, and a zero action is exactly the middle bin. Without: the plain
+    quantiles. The gripper is not normalised (mask False).
+    """
+    q01, q99 = (np.quantile(actions, q, axis=0).astype(np.float64) for q in (0.01, 0.99))
+    if floors is not None:
+        bound = np.maximum(np.maximum(-q01, q99)[:6], floors)
+        q01[:6], q99[:6] = -bound, bound
+    q01[6], q99[6] = -1.0, 1.0
+    return {"q01": q01.tolist(), "q99": q99.tolist(), "mask": [True] * 6 + [False]}
+
+
+def _open(path):
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path} is not a readable HDF5 file ({error}); truncated? record it again") from error
+
+
+def load_demos(path, fit=None, num_demos=None, drop_idle=False):
+    """Read a directory of `record`, or its trajectory.h5.
+
+    Args: fit: (T, H, W, 3) uint8 -> array or tensor kept in memory (`model.fit_images`); num_demos: the first so many;
+    drop_idle: drop steps that move < 1 cm and < 0.06 rad without a gripper change (Liu et al. 2025, appendix).
+    Returns `Demos`. Raises FileNotFoundError, or ValueError naming file and key.
+    """
+    path = Path(path)
+    path = path if path.suffix == ".h5" else path / "trajectory.h5"
+    json_path = path.with_suffix(".json")
+    for each in (path, json_path):
+        if not each.exists():
+            raise FileNotFoundError(f"{each} is missing; make it with python -m common.demos --output {path.parent}")
+    try:
+        header = json.loads(json_path.read_text())
+        settings, entries = header["settings"], header["episodes"]
+        statistics = {k: header["statistics"]["action"][k] for k in ("q01", "q99", "mask")}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{json_path} is not valid JSON ({error}); record it again") from error
+    except KeyError as error:
+        raise ValueError(f"{json_path} has no key {error}; record it again with this version") from error
+    if num_demos is not None and num_demos > len(entries):
+        raise ValueError(f"num_demos = {num_demos}, but {path} holds {len(entries)}; record more with common.demos")
+    entries = entries[:num_demos]
+    images, actions = [], []
+    with _open(path) as file:
+        for entry in entries:
+            name = f"traj_{entry['episode_id']}"
+            try:
+                group = file[name]
+                action = np.asarray(group["expert_actions" if "expert_actions" in group else "actions"], np.float32)
+                if action.ndim != 2 or action.shape[1] != 7 or len(action) != entry["elapsed_steps"]:
+                    rule = f"({entry['elapsed_steps']}, 7): xyz, Euler angles, gripper"
+                    raise ValueError(f"{path}: {name}/actions has shape {action.shape}, it must be {rule}")
+                keep = moving_steps(action) if drop_idle else np.arange(len(action))
+                frames = group[f"obs/sensor_data/{CAMERA}/rgb"]
+                image = np.stack([np.asarray(Image.open(io.BytesIO(frames[int(t)]))) for t in keep])
+            except (KeyError, OSError) as error:
+                raise ValueError(f"{path}: {name} cannot be read ({error}); record the file again") from error
+            images.append(image if fit is None else fit(image))
+            actions.append(action[keep])
+    if drop_idle:
+        statistics = action_statistics(np.concatenate(actions))
+    concatenate = np.concatenate if isinstance(images[0], np.ndarray) else torch.cat
+    return Demos(
+        images=concatenate(images),
+        actions=np.concatenate(actions),
+        episodes=np.repeat(np.arange(len(actions)), [len(a) for a in actions]),
+        instructions=[entry["instruction"] for entry in entries],
+        episode_ids=[entry["reset_kwargs"]["options"]["episode_ids"][0] for entry in entries],
+        statistics=statistics,
+        settings=settings,
+    )
+
+
+def moving_steps(actions, metres=0.01, radians=0.06):
+    """Indices of the steps of actions (T, 7) that move the arm, or the gripper differently than the step before."""
+    toggled = np.diff(actions[:, 6], prepend=actions[:1, 6]) != 0
+    moves = (np.linalg.norm(actions[:, :3], axis=1) > metres) | (np.linalg.norm(actions[:, 3:6], axis=1) > radians)
+    return np.flatnonzero(moves | toggled)
+
+
+if __name__ == "__main__":
+    record(tyro.cli(Args))
