@@ -70,7 +70,7 @@ TASKS = {row.name: row for row in TASKS}
 # Columns that differ with fidelity="published".
 PUBLISHED = {"multi_plate": {"tables": (range(21), range(21))}, "instruct": {"extras": (range(1), range(1, 17))}}
 
-# The study's table 1: success at the end of 192 episodes, SFT on 16k demonstrations and PPO.
+# The study's table 1: row, dimension, task, split, success at the end of 192 episodes of SFT (16k demonstrations), PPO.
 REPORT_ROWS = (
     ("in_distribution", "id", "carrot", "train", 0.781, 0.938),
     ("unseen_table", "vision", "vision_image", "test", 0.719, 0.844),
