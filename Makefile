@@ -1,4 +1,4 @@
-# make demo | test | lint | doctor: each sets the machine up first (scripts/setup.sh), in seconds when nothing is missing.
+# Every target sets the machine up first (scripts/setup.sh), in seconds when nothing is missing.
 VENV ?= .venv
 PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
@@ -29,8 +29,10 @@ format: setup
 doctor: setup
 	$(PY) -m common.doctor
 
-lock: setup ## exact versions of what is installed now; run it on a machine without a GPU (CUDA packages are not listed)
+# exact versions of what is installed now; on a machine without a GPU, so that no CUDA package is listed
+lock: setup
 	$(PY) -m pip freeze --exclude-editable | sed 's/+cpu$$//' > scripts/constraints.txt
 
-clean: ## the environment and caches; never runs/ or checkpoints/
+# the environment and caches; never runs/ or checkpoints/
+clean:
 	rm -rf $(VENV) build ./*.egg-info .pytest_cache .ruff_cache && find . -name __pycache__ -type d -prune -exec rm -rf {} +
