@@ -1,10 +1,11 @@
-"""Model weights on disk: the published sharded layout, PEFT adapter directories, and the value head beside either.
+"""Weights on disk: the published sharded layout, PEFT adapter directories, the value head beside either.
 
-Full model: config.json (with norm_stats), model.safetensors or shards + model.safetensors.index.json, tokenizer.json.
-LoRA: adapter_config.json, adapter_model.safetensors, config.json, tokenizer.json. Both: value_head.safetensors.
-Only safetensors is read: a pickle can run code.
+Full model: config.json (norm_stats inside), tokenizer.json, and model.safetensors or shards with their index.
+LoRA: adapter_config.json, adapter_model.safetensors, tokenizer.json, dataset_statistics.json; and base/, where the base
+exists nowhere else (tiny). Both: value_head.safetensors. Only safetensors is read: a pickle can run code.
 """
 
+import functools
 import json
 import os
 import re
@@ -13,296 +14,269 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 TINY = Path(__file__).parent / "tiny"
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-ADAPTER_CONFIG, ADAPTER, VALUE = "adapter_config.json", "adapter_model.safetensors", "value_head.safetensors"
-PREFIX = "base_model.model."  # PEFT's, before every key of an adapter file
-# the paper's list; "q kv" are SigLIP's pooling layers that no output reads, "convs.N" the tiny model's stem
-TARGETS = {
-    "all": "proj qkv fc1 fc2 fc3 q kv q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head "
-           "convs.0 convs.1 convs.2 convs.3".split(),
-    "llm": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head".split(),
-}  # fmt: skip
+INDEX, SINGLE, VALUE = "model.safetensors.index.json", "model.safetensors", "value_head.safetensors"
+ADAPTER_CONFIG, ADAPTER, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."  # PEFT's
+LLM_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head"
+LORA_TARGETS = {
+    "all": f"proj qkv fc1 fc2 fc3 convs.0 convs.1 convs.2 convs.3 {LLM_TARGETS}".split(),  # the paper's; convs: tiny
+    "llm": rf"language_model\..*({LLM_TARGETS.replace(' ', '|')})",
+}
 
 
 @dataclass
 class Source:
-    """Where a model's parts are. weights: {key: file}, empty for random weights."""
+    """Where a model's parts are; made by `locate`, which checks them."""
 
-    name: str
+    name: str  # what an adapter saved later names as its base
     config: dict
     tokenizer: Path
-    weights: dict = field(default_factory=dict)
+    weights: dict[str, Path] = field(default_factory=dict)  # key -> file; empty: random weights
+    private: bool = False  # the base exists nowhere else, so that a saved adapter must bring it along
     adapter: Path | None = None
     value_file: Path | None = None
     value_settings: dict = field(default_factory=dict)
 
 
-def _read_json(path: Path) -> dict:
+# --- find and check ---
+def read_json(path: Path) -> dict:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; a model directory holds config.json, tokenizer.json and safetensors")
+        raise FileNotFoundError(f"{path} is missing")
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def _keys(path: Path) -> list[str]:
-    """Names in a safetensors file; reads the header only, which also finds a truncated file."""
+def open_safetensors(path: Path):
+    """Opening compares the header with the file's length: a truncated file is found before anything is read."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
+        pickles = sorted(p.name for p in path.parent.glob("*.*") if p.suffix in (".bin", ".pt", ".pth"))
+        note = f"; {pickles} are pickles, which can run code and are not read: convert them" if pickles else ""
+        raise FileNotFoundError(f"{path} is missing{note}")
     try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
+        return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read as safetensors (truncated or not safetensors): {error}") from error
+        raise ValueError(f"{path} is truncated or not safetensors: {error}") from error
 
 
-def _directory(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", name):
-        raise FileNotFoundError(f"model {name!r} is neither 'tiny', nor a directory, nor a hub id like 'openvla/openvla-7b'")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
-    except Exception as error:
-        raise FileNotFoundError(
-            f"model {name!r} is not a directory here, and reading it from the Hugging Face hub failed ({error}); "
-            "check the name and the connection, or pass a directory"
-        ) from error
+def keys_of(path: Path) -> list[str]:
+    with open_safetensors(path) as file:
+        return list(file.keys())
 
 
-def locate(name_or_path: str, adapter: str | None = None) -> Source:
-    """Find and check every file of a model before anything slow."""
-    name = str(name_or_path)
+def locate(name: str, adapter: str | Path | None = None) -> Source:
+    """Find every file of a model, reading no weights. ValueError, FileNotFoundError: which file, which rule."""
     if name == "tiny":
-        source = Source(name, _read_json(TINY / "config.json"), TINY / "tokenizer.json")
+        source = Source(name, read_json(TINY / "config.json"), TINY / "tokenizer.json", private=True)
     else:
-        folder = _directory(name)
+        folder = Path(name).expanduser()
+        name, folder = (str(folder.resolve()), folder) if folder.is_dir() else (name, download(name))
         if (folder / ADAPTER_CONFIG).is_file():
             if adapter is not None:
-                raise ValueError(f"{folder} is an adapter directory already; a second adapter {adapter} cannot go on top")
-            base = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
-            base = str(folder / base) if base and (folder / base).is_dir() else base
-            return locate(base, str(folder))
-        source = _hub_layout(name, folder)
-        if (folder / VALUE).is_file():
-            source.value_file = folder / VALUE
+                raise ValueError(f"{folder} is itself an adapter directory; {adapter} cannot go on top of it")
+            return locate_adapter(folder)
+        source = locate_full(name, folder)
     if adapter is not None:
-        folder = Path(adapter)
-        _read_json(folder / ADAPTER_CONFIG)
-        _keys(folder / ADAPTER)
-        source.adapter = folder
-        if (folder / VALUE).is_file():
-            source.value_file = folder / VALUE
-        for file in ("dataset_statistics.json",):
-            if (folder / file).is_file():
-                source.config["norm_stats"] = _read_json(folder / file)
-    if source.value_file:
-        _keys(source.value_file)
-        with safe_open(source.value_file, framework="pt") as file:
+        source.adapter = Path(adapter)
+        read_json(source.adapter / ADAPTER_CONFIG)
+        keys_of(source.adapter / ADAPTER)
+        if (source.adapter / "dataset_statistics.json").is_file():
+            source.config["norm_stats"] = read_json(source.adapter / "dataset_statistics.json")
+        if (source.adapter / VALUE).is_file():
+            source.value_file = source.adapter / VALUE
+    if source.value_file is not None:
+        with open_safetensors(source.value_file) as file:
             source.value_settings = file.metadata() or {}
     return source
 
 
-def _hub_layout(name: str, folder: Path) -> Source:
-    config = _read_json(folder / "config.json")
+def locate_adapter(folder: Path) -> Source:
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "(none)"
+    private = (folder / base).is_dir() and not Path(base).is_absolute()
+    try:
+        source = locate(str(folder / base) if private else base, folder)
+    except FileNotFoundError as error:
+        fix = "pass the base model's directory, and this directory as its adapter"
+        raise FileNotFoundError(f"{folder / ADAPTER_CONFIG} names the base {base!r}: {error}; {fix}") from error
+    source.private = source.private or private
+    return source
+
+
+def locate_full(name: str, folder: Path) -> Source:
+    config = read_json(folder / "config.json")
     if not config.get("norm_stats"):
         if not (folder / "dataset_statistics.json").is_file():
             raise ValueError(
-                f"{folder / 'config.json'} has no norm_stats and {folder / 'dataset_statistics.json'} is missing; "
-                "without the action statistics tokens cannot become actions"
+                f"{folder / 'config.json'} has no norm_stats and there is no dataset_statistics.json beside it"
             )
-        config["norm_stats"] = _read_json(folder / "dataset_statistics.json")
+        config["norm_stats"] = read_json(folder / "dataset_statistics.json")
     if not (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{folder / 'tokenizer.json'} is missing; copy it from the model this one was made from")
+        raise FileNotFoundError(f"{folder / 'tokenizer.json'} is missing; copy it from openvla/openvla-7b")
     if (folder / INDEX).is_file():
-        index = _read_json(folder / INDEX)["weight_map"]
-        weights = {key: folder / file for key, file in index.items()}
+        weights = {key: folder / file for key, file in read_json(folder / INDEX)["weight_map"].items()}
         for file in sorted(set(weights.values())):
-            absent = [k for k in set(_keys(file)) ^ {k for k, f in weights.items() if f == file}]
-            if absent:
-                raise ValueError(f"{folder / INDEX} and {file} disagree about {sorted(absent)[:5]}")
-    elif (folder / SINGLE).is_file():
-        weights = {key: folder / SINGLE for key in _keys(folder / SINGLE)}
+            differ = sorted(set(keys_of(file)) ^ {k for k, f in weights.items() if f == file})
+            if differ:
+                raise ValueError(f"{folder / INDEX} and {file.name} disagree about {differ[:3]} ({len(differ)} keys)")
     else:
-        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        note = f"; {pickles} are pickles, which are not read because they can run code: convert them" if pickles else ""
-        raise FileNotFoundError(f"{folder} has neither {INDEX} nor {SINGLE}{note}")
-    return Source(name, config, folder / "tokenizer.json", weights)
+        weights = dict.fromkeys(keys_of(folder / SINGLE), folder / SINGLE)
+    value_file = folder / VALUE if (folder / VALUE).is_file() else None
+    return Source(name, config, folder / "tokenizer.json", weights, value_file=value_file)
 
 
-def is_dead(key: str, depths: dict[str, int]) -> bool:
-    """Published tensors that no output reads: each tower's last block and final norm, and SigLIP's pooling."""
-    match = re.fullmatch(r"vision_backbone\.(featurizer|fused_featurizer)\.(?:(norm|attn_pool)\.|blocks\.(\d+)\.).*", key)
-    return bool(match) and (match[2] is not None or int(match[3]) == depths[match[1]] - 1)
+def download(name: str) -> Path:
+    if not re.fullmatch(r"[\w-]+/[\w.-]+", name):
+        raise FileNotFoundError(
+            f"model {name!r} is neither 'tiny' nor a directory nor like the hub id openvla/openvla-7b"
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:
+        reason = f"the Hugging Face hub did not give it ({type(error).__name__}: {error})"
+        raise FileNotFoundError(f"{name!r} is no directory here, and {reason}; pass a directory instead") from error
 
 
-def _depths(backbone) -> dict[str, int]:
-    """Blocks of each tower in the checkpoint, the dead last one included."""
-    return {n: len(t.blocks) + 1 for n, t in backbone.vision_backbone.named_children() if hasattr(t, "blocks")}
+# --- read ---
+def fill(module, wanted: dict, files: dict[str, Path], dtype, device, rename=str, dead=lambda key: False) -> None:
+    """Put the tensors of files {stored key: file} in the place of `wanted` {name: parameter} of a module, one by one.
 
-
-def cast_parameters(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Parameters only: `module.to(dtype)` would round the rotary frequencies too (0.3 rad at position 280 in bfloat16)."""
-    for p in module.parameters():
-        p.data = p.data.to(dtype)
-
-
-def load_backbone(backbone, source: Source, device, dtype) -> None:
-    """Fill a backbone built on the meta device, one tensor at a time."""
-    depths = _depths(backbone)
-    wanted = {k: tuple(v.shape) for k, v in backbone.state_dict().items()}
-    files = {re.sub(r"\.ls(\d)\.gamma$", r".ls\1.scale_factor", k): (k, f) for k, f in source.weights.items()}
-    missing = sorted(wanted.keys() - files.keys())
-    unknown = sorted(k for k in files.keys() - wanted.keys() if not is_dead(k, depths))
+    rename(stored key) -> parameter name; dead(parameter name): in the file, but no output reads it.
+    ValueError names a missing, unknown or misshapen key and its file.
+    """
+    stored = {rename(key): (key, path) for key, path in files.items()}
+    missing = sorted(wanted.keys() - stored.keys())
+    unknown = sorted(k for k in stored.keys() - wanted.keys() if not dead(k))
     if missing or unknown:
-        raise ValueError(f"checkpoint {source.name}: missing keys {missing[:5]} ({len(missing)}), unknown keys {unknown[:5]} ({len(unknown)})")
-    for path in sorted({f for _, f in files.values()}):
-        with safe_open(path, framework="pt") as file:
-            for key in wanted.keys() & files.keys():
-                if files[key][1] != path:
-                    continue
-                tensor = file.get_tensor(files[key][0])
-                if tuple(tensor.shape) != wanted[key]:
-                    raise ValueError(f"{path}: {key} has shape {tuple(tensor.shape)}, the config asks for {wanted[key]}")
-                owner, _, leaf = key.rpartition(".")
-                parameter = torch.nn.Parameter(tensor.to(device, dtype))
-                setattr(backbone.get_submodule(owner), leaf, parameter)
-    llama = backbone.language_model.model
-    llama.rotary_emb = LlamaRotaryEmbedding(config=llama.config).to(device)  # buffers are in no checkpoint, stay float32
+        where = ", ".join(sorted({str(p) for p in files.values()}))
+        raise ValueError(f"{where}: {len(missing)} keys missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}")
+    for path in sorted(set(files.values())):
+        with open_safetensors(path) as file:
+            for name in (n for n in wanted if stored[n][1] == path):
+                tensor = file.get_tensor(stored[name][0])
+                if tensor.shape != wanted[name].shape:
+                    shapes = f"shape {tuple(tensor.shape)}, the model's is {tuple(wanted[name].shape)}"
+                    raise ValueError(f"{path}: {stored[name][0]} has {shapes}")
+                owner, _, leaf = name.rpartition(".")
+                parameter = torch.nn.Parameter(tensor.to(device, dtype), wanted[name].requires_grad)
+                setattr(module.get_submodule(owner), leaf, parameter)
+
+
+def is_dead(backbone, key: str) -> bool:
+    """Published tensors that no output reads: each tower's last block and final norm, and SigLIP's pooling."""
+    match = re.match(r"vision_backbone\.(\w+)\.(?:norm|attn_pool|blocks\.(\d+))\.", key)
+    return match is not None and (
+        match[2] is None or int(match[2]) == len(backbone.get_submodule(key[: match.end(1)]).blocks)
+    )
+
+
+def fill_backbone(backbone, source: Source, device, dtype) -> None:
+    """Weights from the source's files into a backbone built on the meta device; or cast the random ones."""
+    if source.weights:
+        rename = functools.partial(re.sub, r"\.ls(\d)\.gamma$", r".ls\1.scale_factor")
+        dead = functools.partial(is_dead, backbone)
+        fill(backbone, dict(backbone.named_parameters()), source.weights, dtype, device, rename, dead)
+        llama = backbone.language_model.model  # its buffers are in no checkpoint
+        llama.rotary_emb = LlamaRotaryEmbedding(config=llama.config).to(device)
+    else:
+        cast_parameters(backbone.to(device), dtype)
+
+
+def cast_parameters(module, dtype) -> None:
+    """`module.to(dtype)` would round the rotary frequencies too: 0.3 rad of phase at position 280 in bfloat16."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def apply_lora(backbone, source: Source, rank: int, targets: str, merge: bool) -> None:
-    """Read the source's adapter (and merge it if asked), or add a new one of `rank`; adapters are float32, the base frozen."""
+    """The source's adapter (merge: added to the base weights), or a new one of `rank` with PEFT's gaussian start."""
     if source.adapter is not None:
         config = LoraConfig.from_pretrained(str(source.adapter))
-        if rank not in (0, config.r) and not merge:
-            raise ValueError(f"lora_rank = {rank}, but {source.adapter} has rank {config.r}; use {config.r} or 0, or merge it")
-        _inject(backbone, config)
-        _load_adapter(backbone, source.adapter / ADAPTER)
-        if not merge:
-            return
-        for name, layer in [(n, m) for n, m in backbone.named_modules() if hasattr(m, "merge") and hasattr(m, "base_layer")]:
-            layer.merge()
-            owner, _, leaf = name.rpartition(".")
-            setattr(backbone.get_submodule(owner), leaf, layer.base_layer)
-        del backbone.peft_config
-        backbone.requires_grad_(True)
-    if rank > 0:
-        if targets not in TARGETS:
-            raise ValueError(f"lora_targets is {targets!r}; use one of {sorted(TARGETS)}")
-        modules = TARGETS[targets]
-        if targets == "llm":
-            modules = rf"language_model\..*({'|'.join(modules)})"
-        _inject(backbone, LoraConfig(r=rank, lora_alpha=min(rank, 16), target_modules=modules, init_lora_weights="gaussian"))
+        if not merge and rank not in (0, config.r):
+            raise ValueError(
+                f"lora_rank = {rank}, but {source.adapter} has rank {config.r}: use {config.r}, or merge it"
+            )
+        inject(backbone, config)
+        # PEFT also stores the base weights of an adapted lm_head, and RL4VLA's adapters cover dead layers too
+        path, rename = source.adapter / ADAPTER, functools.partial(re.sub, r"\.(lora_[AB])\.", r".\1.default.")
+        files = {k: path for k in keys_of(path) if "lora_" in k and not is_dead(backbone, k.removeprefix(PREFIX))}
+        adapters = {n: p for n, p in backbone.named_parameters() if "lora_" in n}
+        fill(backbone, adapters, files, torch.float32, backbone.projector.fc1.weight.device,
+             lambda key: rename(key.removeprefix(PREFIX)))  # fmt: skip
+        if merge:
+            for name, layer in [(n, m) for n, m in backbone.named_modules() if hasattr(m, "base_layer")]:
+                layer.merge()
+                owner, _, leaf = name.rpartition(".")
+                setattr(backbone.get_submodule(owner), leaf, layer.base_layer)
+            del backbone.peft_config
+            backbone.requires_grad_(True)
+    if rank > 0 and (merge or source.adapter is None):
+        if targets not in LORA_TARGETS:
+            raise ValueError(f"lora_targets is {targets!r}; use one of {sorted(LORA_TARGETS)}")
+        inject(backbone, LoraConfig(r=rank, lora_alpha=min(rank, 16), target_modules=LORA_TARGETS[targets],
+                                    init_lora_weights="gaussian"))  # fmt: skip
 
 
-def _inject(backbone, config: LoraConfig) -> None:
+def inject(backbone, config: LoraConfig) -> None:
+    """Adapters in float32 (RL-sized updates round away in bfloat16), everything else frozen."""
     inject_adapter_in_model(config, backbone)
-    for name, p in backbone.named_parameters():
-        p.requires_grad_("lora_" in name)
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_("lora_" in name)
         if "lora_" in name:
-            p.data = p.data.float()  # in bfloat16 an RL-sized update, and Adam's second moment, would round away
+            parameter.data = parameter.data.float()
 
 
-def _load_adapter(backbone, path: Path) -> None:
-    wanted = {re.sub(r"\.default\.", ".", k): p for k, p in backbone.named_parameters() if "lora_" in k}
-    seen = set()
-    with safe_open(path, framework="pt") as file:
-        for stored in file.keys():
-            key = stored.removeprefix(PREFIX)
-            if "lora_" not in key or is_dead(key, _depths(backbone)):
-                continue  # PEFT also stores lm_head's base weights when lm_head is adapted
-            if key not in wanted:
-                raise ValueError(f"{path}: {stored} fits no adapted layer of this model")
-            tensor = file.get_tensor(stored)
-            if tensor.shape != wanted[key].shape:
-                raise ValueError(f"{path}: {stored} has shape {tuple(tensor.shape)}, not {tuple(wanted[key].shape)}")
-            wanted[key].data.copy_(tensor)
-            seen.add(key)
-    if seen != wanted.keys():
-        raise ValueError(f"{path} lacks {sorted(wanted.keys() - seen)[:5]}")
-
-
-def _value_state(model) -> dict:
-    """The value's own tensors: the head, and what training can change in a separate critic."""
+def value_parameters(model) -> dict:
+    """The value's own: its head, and what training can change in a separate critic."""
     lora = hasattr(model.backbone, "peft_config")
-    return {k: v for k, v in model.state_dict().items()
-            if k.startswith("value_head.") or k.startswith("critic.") and (not lora or "lora_" in k)}  # fmt: skip
+    named = model.named_parameters()
+    return {
+        n: p for n, p in named if n.startswith("value_head.") or n.startswith("critic.") and ("lora_" in n or not lora)
+    }
 
 
-def load_value(model, path: Path) -> None:
-    """Copy value_head.safetensors into the model."""
-    wanted = _value_state(model)
-    with safe_open(path, framework="pt") as file:
-        stored = {k: file.get_tensor(k) for k in file.keys()}
-    for key in sorted(stored.keys() | wanted.keys()):
-        shapes = [tuple(d[key].shape) if key in d else "absent" for d in (stored, wanted)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"{path}: {key} is {shapes[0]} there and {shapes[1]} in this model (value_input, separate_critic?)")
-        wanted[key].copy_(stored[key])
+def fill_value(model) -> None:
+    path = model.source.value_file
+    fill(model, value_parameters(model), dict.fromkeys(keys_of(path), path), torch.float32, model.device)
 
 
-def save_vla(model, directory: str | Path, shard_bytes: int = 5 << 30) -> None:
-    """Write a directory that `load_vla` reads, whole or not at all: temporary name, then rename over an older one."""
-    final = Path(directory)
-    folder = final.with_name(f"{final.name}.tmp{os.getpid()}")
+# --- write ---
+def save_vla(model, directory: str | Path, max_shard_size: str = "5GB") -> None:
+    """Write what `load_vla(directory)` restores, whole or not at all: temporary name, then rename."""
+    final, backbone = Path(directory), model.backbone
+    folder, old = (final.with_name(f".{final.name}.{what}{os.getpid()}") for what in ("new", "old"))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    backbone = model.backbone
     if hasattr(backbone, "peft_config"):
-        base = model.source.name
-        if not model.source.weights:  # the tiny model's random base has no file yet
-            base = "base"
-            state = {k.replace(".base_layer.", "."): v for k, v in backbone.state_dict().items() if "lora_" not in k}
-            _save_hub(folder / base, state, model, shard_bytes)
-        adapter = {PREFIX + k: v.contiguous() for k, v in
-                   get_peft_model_state_dict(backbone, save_embedding_layers=False).items()}  # fmt: skip
-        save_file(adapter, folder / ADAPTER, {"format": "pt"})
         config = backbone.peft_config["default"]
-        config.base_model_name_or_path, config.inference_mode = base, True
+        config.base_model_name_or_path = "base" if model.source.private else model.source.name
+        if model.source.private:
+            plain = {k.replace(".base_layer.", "."): v for k, v in backbone.state_dict().items() if "lora_" not in k}
+            save_full(model, plain, folder / "base", max_shard_size)
         config.save_pretrained(str(folder))
+        adapter = get_peft_model_state_dict(backbone, save_embedding_layers=False)
+        save_file({PREFIX + k: v.contiguous() for k, v in adapter.items()}, folder / ADAPTER, {"format": "pt"})
         (folder / "dataset_statistics.json").write_text(json.dumps(model.norm_stats, indent=1))
         (folder / "tokenizer.json").write_text(model.tokenizer.to_str())
     else:
-        _save_hub(folder, backbone.state_dict(), model, shard_bytes)
+        save_full(model, backbone.state_dict(), folder, max_shard_size)
     if model.value_head is not None:
         settings = {"value_input": model.value_input, "separate_critic": str(model.critic is not None)}
-        save_file({k: v.contiguous() for k, v in _value_state(model).items()}, folder / VALUE, settings)
-    old = final.with_name(f"{final.name}.old{os.getpid()}")
+        save_file({n: p.detach().contiguous() for n, p in value_parameters(model).items()}, folder / VALUE, settings)
     if final.exists():
         final.rename(old)
     folder.rename(final)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _save_hub(folder: Path, state: dict, model, shard_bytes: int) -> None:
-    """config.json, tokenizer.json and the weights, in shards of at most `shard_bytes`."""
+def save_full(model, state: dict, folder: Path, max_shard_size: str) -> None:
     folder.mkdir(exist_ok=True)
-    shards, size = [{}], 0
-    for key, tensor in state.items():
-        bytes_ = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + bytes_ > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][key] = tensor.contiguous()
-        size += bytes_
-    names = [SINGLE] if len(shards) == 1 else [
-        f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]  # fmt: skip
-    for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, {"format": "pt"})
-    if len(shards) > 1:
-        index = {k: n for n, s in zip(names, shards, strict=True) for k in s}
-        total = sum(t.numel() * t.element_size() for t in state.values())
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1))
+    save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
     (folder / "config.json").write_text(json.dumps(model.config | {"norm_stats": model.norm_stats}, indent=1))
     (folder / "tokenizer.json").write_text(model.tokenizer.to_str())

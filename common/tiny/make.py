@@ -1,8 +1,8 @@
 """Write this folder's tokenizer.json and config.json: the embedded 1 M parameter model's vocabulary and shape.
 
-Words: the benchmark's 21 instruction templates, the object and receptacle names of both asset packs, digits, colours and
-simple shapes, punctuation; any other word becomes <unk>. The prompt's two constant pieces are one token each, so the
-prompt is the same text as at full size and only as long as the instruction. Run: python -m common.tiny.make
+Words: the benchmark's 21 instruction templates, the object and receptacle names of both asset packs, digits, colours,
+simple shapes, punctuation; any other word becomes <unk>. The prompt's two constant pieces are one token each: the same
+text as at full size, but only as long as the instruction. Run: python -m common.tiny.make
 """
 
 import json
@@ -13,20 +13,22 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from common.vla import PROMPT
 
 WORDS = """
-a an the it s this that is so be should can could would you please and then to on onto over of in into from at for where with
-put place set move take pick up down set make sure surface table lay position atop arrange resting placed
-carrot kitchen shovel bread plastic bottle 7up can zuchinni zucchini ketchup watering pipe toy bear fast food cup plant
-banana hamburger golf ball bbq sauce travel pepper nonstop potato baguette champagne glass spoon onion
-plate cloth carpet newspaper sheet metal drawing tablet tomato slice pizza flat bowl gramophone disk frying pan mouse pad
-cutting chess board manhole cover envelope notepad
-red green blue yellow orange purple pink brown black white gray grey cyan magenta teal violet navy olive beige gold silver
-light dark bright small big large tall short long thin thick wide round square
-cube box block brick cuboid sphere cylinder cone capsule rod bar stick ring disc tray mat dish saucer towel napkin book
-eggplant corn apple lemon lime pear peach plum egg mushroom cucumber eraser marker candle dice die peg stone bell object
-hexagon octagon oval ellipse triangle pyramid wedge prism rectangle strip slab tile coaster lid basket
-0 1 2 3 4 5 6 7 8 9 . , ? ! : ; - ’ ' / ( )
+a an the it s this that is so be should can could would you please and then to on onto over of in into from at for
+where with put place set move take pick up down make sure surface table lay position atop arrange resting placed
+carrot kitchen shovel bread plastic bottle 7up zuchinni zucchini ketchup watering pipe toy bear fast food cup plant
+banana hamburger golf ball bbq sauce travel pepper nonstop potato baguette champagne glass spoon onion plate cloth
+carpet newspaper sheet metal drawing tablet tomato slice pizza flat bowl gramophone disk frying pan mouse pad
+cutting chess board manhole cover envelope notepad red green blue yellow orange purple pink brown black white gray
+grey cyan magenta teal violet navy olive beige gold silver light dark bright small big large tall short long thin
+thick wide round square cube box block brick cuboid sphere cylinder cone capsule rod bar stick ring disc tray mat
+dish saucer towel napkin book eggplant corn apple lemon lime pear peach plum egg mushroom cucumber eraser marker
+candle dice die peg stone bell object hexagon octagon oval ellipse triangle pyramid wedge prism rectangle strip slab
+tile coaster lid basket 0 1 2 3 4 5 6 7 8 9 . , ? ! : ; - ’ ' / ( ) soda sponge chocolate gift milk hot dog
+toothpaste jar door record brush tape key
 """
-BASE = 512  # action ids are BASE-256 .. BASE-1, padding is BASE: the published model's layout with 32000 in place of 512
+BASE = (
+    512  # action ids are BASE-256 .. BASE-1, padding is BASE: the published model's layout with 32000 in place of 512
+)
 
 
 def main(folder: Path = Path(__file__).parent) -> None:
@@ -44,7 +46,8 @@ def main(folder: Path = Path(__file__).parent) -> None:
         "vision_backbone_id": "conv-stem",
         "camera_size": [160, 120],  # pixels; other image sizes are resized to this, then cropped
         "crop": [16, 26, 128, 106],  # left, top, right, bottom: where objects and gripper move
-        "stem_channels": [32, 64, 128, 128],  # one 3x3 stride-2 convolution each: 7 x 5 image tokens
+        "stem": [[32, 3, 2], [64, 3, 2], [128, 3, 2], [128, 3, 2]],  # convolutions: channels, kernel, stride
+        "image_tokens": 35,  # 7 x 5
         "n_action_bins": 256,
         "pad_to_multiple_of": 64,
         "text_config": {
@@ -57,7 +60,8 @@ def main(folder: Path = Path(__file__).parent) -> None:
             "max_position_embeddings": 256,
             "pad_token_id": BASE,
         },
-        "value_head_widths": [128, 64],
+        "value_head": [128, 64],
+        "attention": "eager",  # on a CPU faster than "sdpa" with bfloat16, equal with float32
         "norm_stats": {
             "bridge_orig": {
                 "action": {
