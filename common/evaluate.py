@@ -4,6 +4,7 @@ Evaluation lists are explicit and the same for every policy (paired); training n
 """
 
 import os
+import time
 import zlib
 from pathlib import Path
 
@@ -106,10 +107,10 @@ def run_episodes(policy, envs, episode_ids, record=0):
 def evaluate(model, envs, task, split, num_episodes, temperature, unnorm_key, video_stem=None, num_videos=2):
     """Success of `model` on the paired list of a task that `envs` is set to; the list is shared out over ranks.
 
-    Returns: metrics eval/<task>/{success_at_end, low, high (Wilson 95 %), success_once, grasped, return, episodes}.
+    Returns: metrics eval/<task>/{success_at_end, low, high (Wilson 95 %), success_once, grasped, return, episodes}, time/eval_s.
     Videos of the first episodes go to <video_stem>-<n>-<success|failure>.mp4.
     """
-    rank, world_size = rank_and_world_size()
+    start, (rank, world_size) = time.time(), rank_and_world_size()
     ids = evaluation_ids(task, split, num_episodes)
     mine = np.arange(len(ids))[rank::world_size]
     policy = sampling_policy(model, unnorm_key, temperature, ids)
@@ -122,7 +123,8 @@ def evaluate(model, envs, task, split, num_episodes, temperature, unnorm_key, vi
     merged = {key: np.concatenate([part[key] for part in parts]) for key in results}
     low, high = wilson(merged["success_at_end"].sum(), len(ids))
     means = {key: merged[key].mean() for key in ("success_at_end", "success_once", "grasped", "return")}
-    return {f"eval/{task}/{k}": float(v) for k, v in (means | {"low": low, "high": high, "episodes": len(ids)}).items()}
+    means |= {"low": low, "high": high, "episodes": len(ids)}
+    return {f"eval/{task}/{key}": float(mean) for key, mean in means.items()} | {"time/eval_s": time.time() - start}
 
 
 def wilson(k, n, z=1.96):

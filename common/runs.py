@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -107,13 +108,16 @@ def save_checkpoint(run_dir, kind, number, save_model, state):
     run_dir = Path(run_dir)
     final = run_dir / f"{kind}-{number:06d}"
     temporary = run_dir / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
+    for left in run_dir.glob(".*.tmp*"):  # by a killed run
+        shutil.rmtree(left)
     save_model(temporary)
     torch.save(state | {"rng": _rng_state()}, temporary / "training_state.pt")
     for path in temporary.iterdir():
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+    if final.exists():  # the best of an iteration that is done a second time after a resume
+        shutil.rmtree(final)
     os.rename(temporary, final)
     for older in sorted(run_dir.glob(f"{kind}-[0-9]*"))[:-1]:
         shutil.rmtree(older)
@@ -144,27 +148,45 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
-def stop_on_signals():
-    """SIGTERM and SIGINT both raise KeyboardInterrupt, so one `except` leaves cleanly; its args[0] is the number."""
+def stop_on_signals(message):
+    """SIGINT and SIGTERM print the message as the last line and leave with exit code 128 + their number."""
 
-    def interrupt(number, frame):
-        raise KeyboardInterrupt(number)
+    def stop(number, frame):
+        print(f"\n{signal.Signals(number).name}: {message}", flush=True)
+        sys.exit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+        signal.signal(number, stop)
+
+
+def stop_non_finite(run_dir, what, batch, rows):
+    """Saves these rows of the batch (dict of tensors, arrays, lists) for inspection and raises FloatingPointError."""
+    path = Path(run_dir) / "nonfinite_batch.pt"
+    torch.save({key: [values[row] for row in rows.tolist()] for key, values in batch.items()}, path)
+    raise FloatingPointError(f"the {what} is not finite; the batch is in {path}, the last checkpoint is not affected")
+
+
+def only_key(norm_stats, unnorm_key):
+    """unnorm_key, or the only key of norm_stats when it is empty; ValueError lists the known keys."""
+    known = sorted(norm_stats)
+    if unnorm_key in known or (not unnorm_key and len(known) == 1):
+        return unnorm_key or known[0]
+    raise ValueError(f"unnorm_key = {unnorm_key!r} must be one of the model's {len(known)} keys; use one of {known}")
 
 
 # --- metrics ---
 class Logger:
     """metrics.jsonl and TensorBoard always, Weights & Biases with track=True; with enabled=False nothing at all.
 
-    step: the step that the run is resumed from; later lines of the interrupted run are dropped.
+    config: dict of Args, kept in args.json. step: the one the run is resumed from; later lines are dropped.
     """
 
-    def __init__(self, run_dir, config, track=False, project="cleanvla", step=0, enabled=True):
+    def __init__(self, run_dir, config, track=False, step=0, enabled=True):
         self.enabled, self.wandb = enabled, None
         if not enabled:
             return
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        (Path(run_dir) / "args.json").write_text(json.dumps(config | {"resume": ""}, indent=1))
         path = Path(run_dir) / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
@@ -176,7 +198,7 @@ class Logger:
             import wandb
 
             name = Path(run_dir).name
-            self.wandb = wandb.init(project=project, name=name, id=name, resume="allow", config=config)
+            self.wandb = wandb.init(project="cleanvla", name=name, id=name, resume="allow", config=config)
 
     def log(self, metrics, step):
         """metrics: dict name -> number; step: environment steps so far. NaN is written as null."""
@@ -189,6 +211,10 @@ class Logger:
             self.tensorboard.add_scalar(key, value, step)
         if self.wandb:
             self.wandb.log(numbers, step=step)
+
+    def print(self, text):
+        if self.enabled:
+            print(text, flush=True)
 
     def close(self):
         if self.enabled:
@@ -214,7 +240,16 @@ STATUS = (  # key, text; a script without the key shows nothing
 def status_line(iteration, num_iterations, metrics, seconds_per_iteration):
     """`iter 012/300 | success 0.31 (once 0.42) | return 0.40 | ... | eta 3h12m`"""
     text = "".join(text.format(metrics[key]) for key, text in STATUS if key in metrics)
-    return f"iter {iteration:03d}/{num_iterations}{text} | eta {hours((num_iterations - iteration) * seconds_per_iteration)}"
+    eta = hours((num_iterations - iteration) * seconds_per_iteration)
+    return f"iter {iteration:03d}/{num_iterations}{text} | eta {eta}"
+
+
+def peak_memory():
+    """Metrics: most memory this process has used so far."""
+    metrics = {"system/peak_ram_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if torch.cuda.is_available():
+        metrics["system/peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return metrics
 
 
 def hours(seconds):
@@ -242,3 +277,62 @@ def plot_curves(run_dir, panels):
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
+
+
+# --- plan ---
+def plan(settings, default, model_name):
+    """Text of --dry-run: what differs from the default preset, the batches, parameters and memory.
+
+    settings, default: dicts of Args. The model is built on the meta device: nothing is loaded or downloaded.
+    """
+    from common import checkpoints
+    from common.vla import Backbone
+
+    s = argparse.Namespace(**settings)
+    local = model_name == "tiny" or Path(model_name).is_dir()
+    openvla = {"text_config": {}, "image_sizes": [224], "n_action_bins": 256, "pad_to_multiple_of": 64}
+    source = checkpoints.locate(model_name) if local else checkpoints.Source(model_name, openvla, Path())
+    with torch.device("meta"):
+        backbone = Backbone(source.config)
+        checkpoints.apply_lora(backbone, source, s.lora_rank, s.lora_targets, False)
+    total = sum(p.numel() for p in backbone.parameters())
+    trained = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
+    copies = 2 if s.separate_critic else 1
+    width = 4 if s.dtype == "float32" else 2  # bytes
+    text = backbone.language_model.config
+    pixels = (
+        math.prod(getattr(backbone.vision_backbone, "size", (224, 224))) if "stem_channels" in source.config else 224**2
+    )
+    image_bytes = 3 * pixels * (1 if "stem_channels" in source.config else width)
+    samples = s.num_envs * s.num_steps
+    # 17 numbers per token, layer and channel (Korthikanti et al. 2022, eq. 2 without the attention matrix); 300 tokens
+    tokens = 300 if "stem_channels" not in source.config else 180
+    saved = 1 if s.activation_checkpointing else 17
+    gigabytes = {
+        "weights": copies * ((total - trained) * width + trained * 4),
+        "gradients and Adam": copies * trained * 12,
+        "activations of a micro-batch": copies
+        * saved
+        * width
+        * s.micro_batch_size
+        * tokens
+        * text.hidden_size
+        * text.num_hidden_layers,
+        "rollout images (host)": samples * image_bytes,
+    }
+    minibatch = samples // s.num_minibatches
+    lines = ["differs from the default preset:"]
+    lines += [
+        f"  {key} = {value}  (default {default[key]})" for key, value in settings.items() if value != default[key]
+    ]
+    lines += [
+        f"rollout: {s.num_envs} environments x {s.num_steps} steps = {samples} samples, {samples // s.max_episode_steps} episodes",
+        f"update: {s.update_epochs} x {s.num_minibatches} minibatches of {minibatch} = {-(-minibatch // s.micro_batch_size)}"
+        f" micro-batches of <= {s.micro_batch_size}",
+        f"run: {s.num_iterations} iterations = {s.num_iterations * samples:,} environment steps,"
+        f" {s.num_iterations * s.update_epochs * s.num_minibatches:,} optimizer steps",
+        f"model: {model_name}, {total / 1e6:,.1f} M parameters, {copies * trained / 1e6:,.1f} M trained, {s.dtype};"
+        + (" local" if local else f" would be downloaded, about {total * 2 / 1e9:.0f} GB"),
+        "memory estimate per rank: " + ", ".join(f"{key} {size / 1e9:.2f} GB" for key, size in gigabytes.items()),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,448 @@
+"""PPO fine-tuning of a vision-language-action model in simulation, after Liu, Gao et al. 2025 (arXiv 2505.19789).
+
+    python ppo_vla.py --num-envs 64                       # small model, embedded assets, any CPU
+    python ppo_vla.py --preset paper --dry-run            # OpenVLA-7B as in the paper: the plan, nothing is loaded
+    torchrun --nproc-per-node 2 ppo_vla.py --num-envs 64  # the same update, environments split over ranks
+    python ppo_vla.py --resume runs/NAME                  # continues exactly
+
+An action of 7 tokens is one decision: its log-prob is the sum over tokens. The critic reads the actor's hidden state at
+the last prompt token (h0). Departures from the paper's code, explained in docs/ppo_vla.md:
+ 1. Actions are sampled from exactly the distribution that is scored (the code samples with top_k 50, scores 256 bins).
+ 2. `pg_coef` is explicit; in the code a broadcast multiplies the policy loss by 7.
+ 3. Trained weights, log-probs, ratios and losses are float32 (the code: bfloat16).
+ 4. The ratio before the first update is measured and bounded in every iteration; old log-probs can be recomputed.
+ 5. Training and evaluation episodes are disjoint, and evaluation episodes are the same for every policy.
+ 6. An environment's random stream depends on (seed, iteration, environment) alone: resume is exact, and any number of
+    ranks or workers makes the same rollout.
+Sibling: `diff ppo_vla.py grpo_vla.py` shows the algorithm and nothing else.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import runs
+from common.doctor import check_renderer
+from common.env import check_env_args
+from common.evaluate import evaluate, training_ids
+from common.vec_env import make_envs
+from common.vla import load_vla, save_vla
+
+
+# --- args ---
+# Sources: [P] the paper's code (RL4VLA), [C] CleanRL, [M] measured here (docs/ppo_vla.md), [D] our decision.
+@dataclass
+class Args:
+    # run
+    preset: Literal["default", "paper"] = "default"  # defaults of all other flags: embedded small model, or OpenVLA-7B
+    name: str = ""  # run directory runs/NAME; empty = ppo_vla-TASK-SEED-TIME
+    resume: str = ""  # run directory to continue exactly; its Args become the defaults
+    seed: int = 1  # weights of `--model tiny`, training episodes, sampling, minibatches [C]
+    device: str = "auto"  # of the model: cpu, cuda, or auto
+    torch_threads: int = 2  # CPU threads of the model; environment workers are processes of their own [M]
+    track: bool = False  # log to Weights & Biases too
+    dry_run: bool = False  # print the plan with a memory estimate, and leave
+    # environment
+    task: str = "main"  # a row of common/tasks.py; evaluation during training is on the same task
+    split: Literal["train", "test", "all"] = "train"  # its configurations
+    assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
+    num_envs: int = 64  # over all ranks [P]
+    max_episode_steps: int = 40  # control steps of 0.2 s; the expert needs 26; [P] 80 [M]
+    image_size: tuple[int, int] = (160, 120)  # camera pixels (width, height); [P] 640 480 [M]
+    sim_freq: int = 250  # physics Hz; [P] 500 [M]
+    solver_iterations: int = 4  # of the contact solver; [P] 15 [M]
+    fidelity: Literal["fixed", "published"] = "fixed"  # published = with the benchmark's known defects
+    shader_pack: Literal["minimal", "default"] = "minimal"  # renderer quality; [P] default [M]
+    sim_device: Literal["cpu", "cuda"] = "cpu"  # worker processes, or one batched GPU simulation [P] cuda
+    num_workers: int = 0  # environment processes per rank; 0 = share the cores
+    # model
+    model: str = ""  # directory, hub id or tiny (random); empty = checkpoints/tiny-warmup if it exists, else tiny
+    adapter: str = ""  # LoRA directory on top of model that training continues
+    unnorm_key: str = ""  # action statistics; empty = the model's only key
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls and frozen weights; trained weights stay float32
+    lora_rank: int = 0  # 0 = train all weights; [P] 32
+    lora_targets: Literal["all", "llm"] = "all"  # linear layers with LoRA [P] all
+    activation_checkpointing: bool = False  # less memory, about 30 % slower updates [D]
+    temperature: float = 1.0  # of the policy in rollouts and updates, sampled from and scored alike [P]
+    # evaluation and checkpoints
+    eval_every: int = 10  # iterations between evaluations, first and last included; 0 = none
+    eval_episodes: int = 64  # of the paired list; 64 episodes at 94 % have the 95 % interval [85, 98] [P]
+    eval_temperature: float = 0.6  # [P]
+    num_videos: int = 2  # per evaluation
+    checkpoint_every: int = 1  # iterations; an interruption loses at most so many
+    # algorithm
+    num_iterations: int = 300  # rollouts; [P] 2 M steps = 391
+    num_steps: int = 160  # control steps per environment and rollout, a multiple of max_episode_steps [M]; [P] 80
+    partial_reset: bool = False  # success ends an episode (RLinf) [D]
+    learning_rate: float = 1e-4  # AdamW, policy [P]
+    value_learning_rate: float = 1e-3  # AdamW, value head; [P] 3e-3 [M]
+    anneal_lr: bool = False  # linear to 0 over the run; [P] constant
+    weight_decay: float = 0.01  # AdamW [P]
+    adam_eps: float = 1e-8  # AdamW [P]; [C] 1e-5
+    value_warmup_iterations: int = 0  # first iterations that train the value alone [M]
+    value_input: Literal["h0", "hn", "concat"] = "h0"  # hidden state that the critic reads [P]
+    separate_critic: bool = False  # critic with a backbone of its own [P]
+    gamma: float = 0.99  # discount [P]
+    gae_lambda: float = 0.95  # [P]
+    update_epochs: int = 1  # passes over a rollout [P]
+    num_minibatches: int = 20  # optimizer steps per epoch [M]; [P] 32 of 160 samples
+    micro_batch_size: int = 256  # samples per forward; only memory and speed depend on it; [P] 8
+    norm_adv: bool = True  # advantages to mean 0, std 1 once per rollout, over all ranks [P]
+    clip_coef: float = 0.2  # of the ratio [P]
+    value_clip_coef: float = 0.2  # of the value's move; 0 = no clipping [P]
+    huber_delta: float = 10.0  # of the value loss [P]
+    pg_coef: float = 1.0  # of the policy loss; [P] 7 by a broadcast, 1 in the text
+    vf_coef: float = 1.0  # of the value loss [P]
+    ent_coef: float = 0.0  # of the entropy bonus, nats per token [P]
+    max_grad_norm: float = 10.0  # joint over policy and value [P]
+    target_kl: float | None = None  # a minibatch beyond it is dropped and ends the update; [P] none
+    ratio_level: Literal["action", "token"] = "action"  # one ratio per step [P], or one per token
+    recompute_logprobs: bool = False  # old log-probs by the update's own forward (bfloat16); always so at token level
+    ratio_tolerance: float = 0.01  # largest |ratio - 1| before the first update; beyond it the run stops [D]
+
+
+PRESETS = {
+    "default": Args(),
+    "paper": Args(
+        preset="paper", assets="bridge", max_episode_steps=80, image_size=(640, 480), sim_freq=500, solver_iterations=15,
+        fidelity="published", shader_pack="default", sim_device="cuda", model="openvla/openvla-7b",
+        unnorm_key="bridge_orig", dtype="bfloat16", lora_rank=32, num_iterations=391, num_steps=80,
+        value_learning_rate=3e-3, num_minibatches=32, micro_batch_size=8, pg_coef=7.0, recompute_logprobs=True,
+        ratio_tolerance=0.5,
+    ),
+}  # fmt: skip
+
+
+def check_args(args):
+    """What can be refused before a model or a simulator is loaded: ValueError with values, rule and fix."""
+    ranks, samples = int(os.environ.get("WORLD_SIZE", 1)), args.num_envs * args.num_steps
+    episodes = max(1, args.num_steps // args.max_episode_steps) if args.max_episode_steps > 0 else 1
+    fits = next((n for n in range(args.num_minibatches, 0, -1) if samples % n == 0), 1)
+    rules = [
+        (args.num_envs > 0 and args.num_envs % ranks == 0,
+         f"num_envs = {args.num_envs} must be a positive multiple of the {ranks} ranks; use {64 * ranks}"),
+        (args.max_episode_steps > 0 and args.num_steps > 0 and args.num_steps % args.max_episode_steps == 0,
+         f"num_steps = {args.num_steps} must be a positive multiple of max_episode_steps = {args.max_episode_steps}; "
+         f"use --num-steps {episodes * args.max_episode_steps}"),
+        (args.num_minibatches > 0 and samples % args.num_minibatches == 0,
+         f"num_envs * num_steps = {samples} is not divisible by num_minibatches = {args.num_minibatches}; use {fits}"),
+        (args.temperature > 0, f"temperature = {args.temperature} must be > 0 to explore; use 1.0"),
+        (args.resume or not any(Path("runs", args.name or "-").glob("checkpoint-*")),
+         f"runs/{args.name} holds a run and is not overwritten; use --resume runs/{args.name} or another --name"),
+    ]  # fmt: skip
+    for name in ("num_iterations", "update_epochs", "micro_batch_size", "checkpoint_every", "torch_threads"):
+        rules.append((getattr(args, name) > 0, f"{name} = {getattr(args, name)} must be > 0; use {getattr(Args, name)}"))
+    for holds, message in rules:
+        if not holds:
+            raise ValueError(message)
+
+
+# --- advantages ---
+def require_float32(shape, **tensors):
+    """A (N, 1) beside a (N,) broadcasts to (N, N) and half precision rounds RL-sized steps away: refuse both."""
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != torch.float32:
+            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; it must be {tuple(shape)} torch.float32")
+
+
+def gae(rewards, values, dones, last_values, gamma, gae_lambda):
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16).
+
+    Args:
+        rewards, values, dones: (T, N) float32; dones[t] = 1: the episode ended with step t, so neither the value of the
+            next state nor a later reward counts.
+        last_values: (N,) float32, values of the states after step T - 1.
+    Returns: advantages (T, N), not normalised, and returns = advantages + values (T, N), float32.
+    """
+    num_steps, num_envs = rewards.shape
+    require_float32((num_steps, num_envs), rewards=rewards, values=values, dones=dones)
+    require_float32((num_envs,), last_values=last_values)
+    advantages = torch.zeros_like(rewards)
+    next_values, lastgaelam = last_values, torch.zeros_like(last_values)
+    for t in reversed(range(num_steps)):
+        nonterminal = 1.0 - dones[t]
+        delta = rewards[t] + gamma * next_values * nonterminal - values[t]
+        advantages[t] = lastgaelam = delta + gamma * gae_lambda * nonterminal * lastgaelam
+        next_values = values[t]
+    return advantages, advantages + values
+
+
+def normalize(advantages, all_advantages):
+    """(advantages - mean) / std with the statistics of all ranks, in float64: equal advantages become exactly 0."""
+    population = all_advantages.double()
+    return ((advantages.double() - population.mean()) / (population.std() + 1e-8)).float()
+
+
+# --- loss ---
+def policy_loss(logprobs, old_logprobs, advantages, clip_coef):
+    """Clipped surrogate objective to minimise, per sample (Schulman et al. 2017, eq. 7).
+
+    Args: logprobs, old_logprobs: (M,) float32 nats per action, or (M, A) per token; advantages: (M,) float32.
+    Returns: losses (M,), a token-level loss summed over tokens so that both levels start with the same gradient;
+        ratios (M,) or (M, A).
+    """
+    require_float32(logprobs.shape, old_logprobs=old_logprobs, logprobs=logprobs)
+    require_float32(logprobs.shape[:1], advantages=advantages)
+    ratios = (logprobs - old_logprobs).exp()
+    advantages = advantages if logprobs.ndim == 1 else advantages[:, None]
+    losses = torch.max(-advantages * ratios, -advantages * ratios.clamp(1 - clip_coef, 1 + clip_coef))
+    return (losses if logprobs.ndim == 1 else losses.sum(1)), ratios
+
+
+def value_loss(values, old_values, returns, value_clip_coef, huber_delta):
+    """Huber loss per sample (M,), the larger of plain and clipped: a value may not move far from its rollout value.
+
+    Args: values, old_values, returns: (M,) float32; value_clip_coef: largest move, 0 = no clipping.
+    """
+    require_float32(values.shape[:1], values=values, old_values=old_values, returns=returns)
+    losses = F.huber_loss(values, returns, reduction="none", delta=huber_delta)
+    if value_clip_coef > 0:
+        clipped = old_values + (values - old_values).clamp(-value_clip_coef, value_clip_coef)
+        losses = torch.max(losses, F.huber_loss(clipped, returns, reduction="none", delta=huber_delta))
+    return losses
+
+
+EPISODE_METRICS = {"success_at_end": "success", "success_once": "success_once", "grasped": "grasped", "return": "return"}
+STATS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+
+
+def update(model, optimizer, batch, args, rng, run_dir):
+    """PPO epochs over one rollout. A minibatch spans all ranks; each accumulates its part in micro-batches.
+
+    Args:
+        batch: this rank's B samples, one row each: images, instructions (list), action_tokens (B, A) int64, logprobs,
+            values, advantages, returns (B,) float32, index (B,) int64: the sample's number among those of all ranks.
+        rng: np.random.Generator, in the same state on every rank: it draws the minibatches.
+    Returns: dict of losses/*, means over minibatches. Raises: RuntimeError and FloatingPointError, see the guards.
+    """
+    token_level, num_rows = args.ratio_level == "token", len(batch["index"])
+    total = sum(runs.gather_over_ranks(num_rows))
+    minibatch_size = total // args.num_minibatches
+    row_of = np.full(total, -1)
+    row_of[batch["index"]] = np.arange(num_rows)
+    epochs = [np.split(rng.permutation(total), args.num_minibatches) for _ in range(args.update_epochs)]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def score(rows):
+        inputs = batch["images"][rows], [batch["instructions"][row] for row in rows], batch["action_tokens"][rows]
+        return model.evaluate(*inputs, args.temperature, return_token_logprobs=token_level)
+
+    old_logprobs = batch["logprobs"]
+    if token_level or args.recompute_logprobs:
+        with torch.no_grad():
+            old_logprobs = torch.cat([score(rows)[0] for rows in torch.arange(num_rows).split(args.micro_batch_size)])
+
+    history, grad_norms, gap = [], [], 0.0
+    for number, mb_inds in enumerate(np.concatenate(epochs)):
+        mb_inds = row_of[mb_inds]
+        mb_inds = torch.as_tensor(mb_inds[mb_inds >= 0])  # this rank's part
+        optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(len(STATS), device=old_logprobs.device)
+        for start in range(0, len(mb_inds), args.micro_batch_size):
+            rows = mb_inds[start : start + args.micro_batch_size]
+            logprobs, entropies, values = score(rows)
+            advantages, old_values, returns = (batch[key][rows] for key in ("advantages", "values", "returns"))
+            pg_losses, ratios = policy_loss(logprobs, old_logprobs[rows], advantages, args.clip_coef)
+            v_losses = value_loss(values, old_values, returns, args.value_clip_coef, args.huber_delta)
+            losses = args.pg_coef * pg_losses + args.vf_coef * v_losses - args.ent_coef * entropies
+            loss = losses.sum() / minibatch_size  # a mean over all ranks' micro-batches, whatever their sizes
+            with torch.no_grad():
+                r = ratios.reshape(len(rows), -1)
+                kls = -r.log().sum(1), (r - 1 - r.log()).sum(1)  # Schulman 2020: k1 is unbiased, k3 is never negative
+                clipped = ((r - 1).abs() > args.clip_coef).float().mean(1)
+                sums += torch.stack([x.sum() for x in (pg_losses, v_losses, entropies, *kls, clipped)])
+                if number == 0:
+                    joint = logprobs.sum(1) if token_level else logprobs
+                    gap = max(gap, ((joint - batch["logprobs"][rows]).exp() - 1).abs().max().item())
+            if not torch.isfinite(loss):
+                runs.stop_non_finite(run_dir, "loss", batch, rows)
+            if args.target_kl is not None and sums[4] / minibatch_size > args.target_kl:
+                break  # the rest of the minibatch can only add to k3: no backward
+            loss.backward()
+        sums = runs.sum_over_ranks(sums) / minibatch_size
+        history.append(sums)
+        gap = max(runs.gather_over_ranks(gap)) if number == 0 else gap
+        if gap > args.ratio_tolerance:
+            raise RuntimeError(
+                f"|ratio - 1| = {gap:.1e} before the first update exceeds ratio_tolerance = {args.ratio_tolerance}, so act "
+                "and evaluate disagree; use --dtype float32 or --recompute-logprobs, or raise the tolerance for bfloat16"
+            )
+        if args.target_kl is not None and sums[4] > args.target_kl:
+            break  # the same sum on every rank; this minibatch is dropped
+        runs.sum_gradients(parameters)
+        grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item())
+        if not np.isfinite(grad_norms[-1]):
+            runs.stop_non_finite(run_dir, "gradient", batch, mb_inds)
+        optimizer.step()
+    means = dict(zip(STATS, torch.stack(history).mean(0).tolist(), strict=True))
+    means |= {"grad_norm": np.mean(grad_norms or [np.nan]), "num_updates": len(grad_norms), "first_ratio_gap": gap}
+    return {f"losses/{key}": value for key, value in means.items()}
+
+
+def main(args: Args):
+    # Shapes: T = num_steps, N = environments of this rank, A = 7 action tokens, B = T * N samples of this rank.
+    # --- setup ---
+    check_args(args)
+    model_name = args.model or ("checkpoints/tiny-warmup" if Path("checkpoints/tiny-warmup").is_dir() else "tiny")
+    if args.dry_run:
+        return print(runs.plan(asdict(args), asdict(PRESETS["default"]), model_name))
+    check_env_args(args.task, args.split, args.assets, args.image_size, args.sim_freq, args.solver_iterations, args.fidelity)
+    check_renderer("gpu" if args.sim_device == "cuda" else "cpu")
+    device = runs.setup_ranks(args.device)
+    rank, world_size = runs.rank_and_world_size()
+    torch.set_num_threads(args.torch_threads)
+    runs.seed_everything(args.seed)
+    run_dir = args.resume or f"runs/{args.name or time.strftime(f'ppo_vla-{args.task}-{args.seed}-%Y%m%d-%H%M%S')}"
+    run_dir = Path(runs.gather_over_ranks(run_dir)[0])
+    checkpoint = runs.find_checkpoint(run_dir) if args.resume else None
+
+    # --- model and optimizer ---
+    model = load_vla(
+        checkpoint or model_name, device, getattr(torch, args.dtype), args.lora_rank, args.lora_targets,
+        adapter=None if checkpoint else args.adapter or None, value_input=args.value_input,
+        separate_critic=args.separate_critic, seed=args.seed,
+    )  # fmt: skip
+    model.backbone.activation_checkpointing = args.activation_checkpointing
+    unnorm_key = runs.only_key(model.norm_stats, args.unnorm_key)
+    params = model.trainable_parameters()
+    learning_rates = {"policy": args.learning_rate, "value": args.value_learning_rate}
+    groups = [{"params": params[name], "lr": lr} for name, lr in learning_rates.items()]
+    optimizer = torch.optim.AdamW(groups, eps=args.adam_eps, weight_decay=args.weight_decay)
+    progress = {"iteration": 0, "seconds": 0.0, "evaluations": []}  # evaluations: success at end on the paired list
+    if checkpoint:
+        state = runs.load_training_state(checkpoint, device)
+        optimizer.load_state_dict(state["optimizer"])
+        progress = state["progress"]
+
+    # --- environments, logger, checkpoints, evaluation ---
+    num_envs = args.num_envs // world_size
+    env_numbers = np.arange(rank * num_envs, (rank + 1) * num_envs)  # among the environments of all ranks
+    envs = make_envs(
+        args.task, args.split, num_envs, args.assets, args.image_size, args.sim_freq, args.solver_iterations,
+        args.max_episode_steps, args.fidelity, args.shader_pack, device=args.sim_device,
+        num_workers=args.num_workers or max(1, len(os.sched_getaffinity(0)) // world_size),
+    )  # fmt: skip
+    steps_per_iteration = args.num_envs * args.num_steps
+    first_step = progress["iteration"] * steps_per_iteration
+    logger = runs.Logger(run_dir, asdict(args), args.track, first_step, enabled=rank == 0)
+    if rank == 0:
+        sizes = ", ".join(f"{sum(p.numel() for p in group) / 1e6:.2f} M {name}" for name, group in params.items())
+        print(f"{run_dir} | {checkpoint or model_name} on {device}, {args.dtype}, trains {sizes} weights")
+        print(f"{args.num_envs} environments, {args.sim_device} simulation, {args.assets} assets, {args.image_size} pixels")
+        runs.stop_on_signals(f"the last checkpoint is kept, continue with: python {sys.argv[0]} --resume {run_dir}")
+
+    def save(kind):
+        if rank == 0:
+            state = {"optimizer": optimizer.state_dict(), "progress": progress, "args": asdict(args)}
+            runs.save_checkpoint(run_dir, kind, progress["iteration"], lambda path: save_vla(model, path), state)
+
+    def evaluation():
+        """The in-distribution list; the best checkpoint is chosen here and on nothing else."""
+        inputs = args.task, args.split, args.eval_episodes, args.eval_temperature, unnorm_key
+        metrics = evaluate(model, envs, *inputs, run_dir / "videos" / f"{progress['iteration']:06d}", args.num_videos)
+        progress["evaluations"].append(metrics[f"eval/{args.task}/success_at_end"])
+        if progress["evaluations"][-1] >= max(progress["evaluations"]):
+            save("best")
+        return metrics
+
+    if not checkpoint:
+        logger.log(evaluation() if args.eval_every else {}, 0)
+        save("checkpoint")
+
+    for iteration in range(progress["iteration"] + 1, args.num_iterations + 1):
+        # --- rollout ---
+        start = time.time()
+        rngs = [np.random.default_rng([args.seed, iteration, number]) for number in env_numbers]
+        generators = [torch.Generator().manual_seed(int(rng.integers(2**62))) for rng in rngs]
+        first_ids = [training_ids(args.task, args.split, 1, rng) for rng in rngs]
+        images, instructions = envs.reset(np.concatenate(first_ids))
+        obs, texts, tokens, episodes = [], [], [], []
+        logprobs, values, rewards, dones = torch.zeros(4, args.num_steps, num_envs, device=device)  # (T, N) float32 each
+        for step in range(args.num_steps):
+            inputs = model.fit_images(images)
+            action_tokens, logprobs[step], values[step] = model.act(inputs, instructions, args.temperature, generators)
+            obs.append(inputs.cpu())
+            texts += instructions
+            tokens.append(action_tokens)
+            images, reward, ended, infos = envs.step(model.actions_from_tokens(action_tokens, unnorm_key))
+            ended = ended | infos["success"] if args.partial_reset else ended
+            rewards[step], dones[step] = torch.as_tensor(reward), torch.as_tensor(ended)
+            episodes.append({name: infos[key][ended] for name, key in EPISODE_METRICS.items()})
+            if ended.any() and step + 1 < args.num_steps:
+                env_ids = np.flatnonzero(ended)
+                ids = [training_ids(args.task, args.split, 1, rngs[env_id]) for env_id in env_ids]
+                images, instructions = envs.reset(np.concatenate(ids), env_ids)
+
+        # --- advantages ---
+        with torch.no_grad():  # without partial reset every episode ends with the rollout: nothing to bootstrap
+            last_values = torch.zeros(num_envs, device=device) if ended.all() else model.value(images, instructions)
+        advantages, returns = gae(rewards, values, dones, last_values, args.gamma, args.gae_lambda)
+        # (T, num_envs of all ranks): what statistics are taken over
+        all_advantages, all_values, all_returns = (
+            torch.cat(runs.gather_over_ranks(x.cpu()), dim=1) for x in (advantages, values, returns)
+        )
+        if args.norm_adv:
+            advantages = normalize(advantages, all_advantages.to(device))
+        rollout_s = time.time() - start
+
+        # --- update ---
+        for group, lr in zip(optimizer.param_groups, learning_rates.values(), strict=True):
+            group["lr"] = lr * (1 - (iteration - 1) / args.num_iterations) if args.anneal_lr else lr
+        for parameter in params["policy"]:
+            parameter.requires_grad_(iteration > args.value_warmup_iterations)
+        batch = {
+            "images": torch.cat(obs),  # row t * N + n, as in all below
+            "instructions": texts,
+            "action_tokens": torch.cat(tokens),
+            "logprobs": logprobs.flatten(),
+            "values": values.flatten(),
+            "advantages": advantages.flatten(),
+            "returns": returns.flatten(),
+            "index": (np.arange(args.num_steps)[:, None] * args.num_envs + env_numbers).flatten(),
+        }
+        metrics = update(model, optimizer, batch, args, np.random.default_rng([args.seed, iteration]), run_dir)
+        update_s = time.time() - start - rollout_s
+
+        # --- metrics ---
+        parts = [part for rank_episodes in runs.gather_over_ranks(episodes) for part in rank_episodes]
+        metrics |= {f"train/{name}": np.concatenate([part[name] for part in parts]).mean() for name in EPISODE_METRICS}
+        metrics["losses/explained_variance"] = 1 - (all_returns - all_values).var() / all_returns.var()
+        metrics |= {"charts/iteration": iteration, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
+        metrics |= {"time/rollout_s": rollout_s, "time/update_s": update_s}
+        metrics |= {"charts/SPS": steps_per_iteration / (rollout_s + update_s), **runs.peak_memory()}
+
+        # --- evaluation, log, checkpoint ---
+        progress["iteration"], last = iteration, iteration == args.num_iterations
+        if args.eval_every and (last or iteration % args.eval_every == 0):
+            metrics |= evaluation()
+        progress["seconds"] += time.time() - start
+        logger.log(metrics, iteration * steps_per_iteration)
+        logger.print(runs.status_line(iteration, args.num_iterations, metrics, progress["seconds"] / iteration))
+        if last or iteration % args.checkpoint_every == 0:
+            save("checkpoint")
+
+    # --- summary ---
+    envs.close()
+    logger.close()
+    if rank == 0:
+        success = f"train/success_at_end eval/{args.task}/success_at_end".split()
+        panels = [success, ["train/return"], ["losses/approx_kl"], ["losses/explained_variance"]]
+        evaluations = " -> ".join(f"{value:.3f}" for value in progress["evaluations"]) or "none"
+        print(
+            f"\n{args.num_iterations * steps_per_iteration:,} environment steps in {runs.hours(progress['seconds'])}\n"
+            f"success at end, {args.eval_episodes} paired episodes, temperature {args.eval_temperature}: {evaluations}\n"
+            f"peak memory {runs.peak_memory()}\ncurve {runs.plot_curves(run_dir, panels)}, videos {run_dir}/videos\n"
+            f"next: python eval_ood.py --checkpoint {run_dir} --tasks all --output results/{run_dir.name}"
+        )
+
+
+if __name__ == "__main__":
+    main(runs.parse_args(Args, PRESETS))
