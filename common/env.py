@@ -106,7 +106,9 @@ class PutOnReceptacleEnv(BaseEnv):
         super()._load_agent(options, sapien.Pose(*BASE_POSE))
         for link in self.agent.robot.links:
             for obj in link._objs:
-                for shape in getattr(obj.entity.find_component_by_type(sapien.render.RenderBodyComponent), "render_shapes", []):
+                for shape in getattr(
+                    obj.entity.find_component_by_type(sapien.render.RenderBodyComponent), "render_shapes", []
+                ):
                     for part in getattr(shape, "parts", [shape]):
                         part.material.set_specular(0.9)
                         part.material.set_roughness(0.3)
@@ -259,7 +261,10 @@ class PutOnReceptacleEnv(BaseEnv):
     def instructions(self):
         """list[str] (B,)"""
         e, pack = self.episodes, self.pack
-        return [instruction(t, pack.objects[o].name, pack.plates[p].name) for t, o, p in zip(e.template, e.object, e.plate, strict=True)]
+        return [
+            instruction(t, pack.objects[o].name, pack.plates[p].name)
+            for t, o, p in zip(e.template, e.object, e.plate, strict=True)
+        ]
 
     def privileged_state(self):
         """dict of numpy arrays (B, ...) for experts and analysis; never an input of the policy."""
@@ -267,7 +272,9 @@ class PutOnReceptacleEnv(BaseEnv):
         as_numpy = lambda tensor: tensor.detach().cpu().numpy().copy()  # noqa: E731
         base = self.agent.robot.pose
         state = {f"{which}_pose": as_numpy(self._pose(which)) for which in ("object", "plate")}
-        state["third_pose"] = as_numpy(self._pose("third")) if self.third_kind else np.full_like(state["object_pose"], np.nan)
+        state["third_pose"] = (
+            as_numpy(self._pose("third")) if self.third_kind else np.full_like(state["object_pose"], np.nan)
+        )
         state |= {f"{which}_bbox": self.bounding_boxes(which) for which in ("object", "plate")}
         state |= {f"{which}_index": np.asarray(getattr(self.episodes, which)) for which in ("object", "plate", "table")}
         state["tcp_pose"] = as_numpy(arm.ee_pose.raw_pose)
@@ -320,7 +327,7 @@ class PutOnReceptacleEnv(BaseEnv):
         grasped = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
         for link, sign in ((self.agent.finger1_link, 1.0), (self.agent.finger2_link, -1.0)):
             push = self._for_selected("object", lambda actor, link=link: force(link, actor))  # (B, 3)
-            opening = sign * quaternion_to_matrix(link.pose.q)[:, :, 1]
+            opening = sign * _y_axis(link.pose.q)
             newtons = push.norm(dim=1)
             cosine = (push * opening).sum(1) / newtons.clamp(min=1e-9)
             grasped &= (newtons >= GRASP_FORCE_N) & (cosine >= np.cos(np.deg2rad(GRASP_ANGLE_DEG)))
@@ -370,6 +377,12 @@ class PutOnReceptacleEnv(BaseEnv):
             image, foreground, self.backgrounds, self.textures, self.mix, e.composite, e.ratio, self.fidelity
         )
         return {"sensor_data": sensor_data}
+
+
+def _y_axis(q):
+    """Second column (B, 3) of the rotation matrix of quaternions (B, 4)."""
+    w, x, y, z = q.unbind(dim=1)
+    return torch.stack([2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)], dim=1)
 
 
 def _parking(kind, index):
