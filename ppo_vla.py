@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 2 ppo_vla.py --num-envs 64  # the same update, environments split over ranks
     python ppo_vla.py --resume runs/NAME                  # continues exactly
 
-An action of 7 tokens is one decision: its log-prob is the sum over tokens. The critic reads the actor's hidden state at
-the last prompt token (h0). Departures from the paper's code, explained in docs/ppo_vla.md:
+An action of 7 tokens is one decision, its log-prob the sum over tokens. The critic reads the actor's hidden state at the
+last prompt token (h0). Departures from the paper's code, explained in docs/ppo_vla.md:
  1. Actions are sampled from exactly the distribution that is scored (the code samples with top_k 50, scores 256 bins).
  2. `pg_coef` is explicit; in the code a broadcast multiplies the policy loss by 7.
  3. Trained weights, log-probs, ratios and losses are float32 (the code: bfloat16).
@@ -17,7 +17,6 @@ the last prompt token (h0). Departures from the paper's code, explained in docs/
 Sibling: `diff ppo_vla.py grpo_vla.py` shows the algorithm and nothing else.
 """
 
-import json
 import os
 import sys
 import time
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import runs
+from common import logs, runs
 from common.doctor import check_renderer
 from common.env import check_env_args
 from common.evaluate import evaluate, training_ids
@@ -47,7 +46,7 @@ class Args:
     resume: str = ""  # run directory to continue exactly; its Args become the defaults
     seed: int = 1  # weights of `--model tiny`, training episodes, sampling, minibatches [C]
     device: str = "auto"  # of the model: cpu, cuda, or auto
-    torch_threads: int = 2  # CPU threads of the model; environment workers are processes of their own [M]
+    torch_threads: int = 2  # CPU threads of the model, over all ranks; environment workers are processes of their own
     track: bool = False  # log to Weights & Biases too
     dry_run: bool = False  # print the plan with a memory estimate, and leave
     # environment
@@ -86,7 +85,6 @@ class Args:
     value_learning_rate: float = 1e-3  # AdamW, value head; [P] 3e-3 [M]
     anneal_lr: bool = False  # linear to 0 over the run; [P] constant
     weight_decay: float = 0.01  # AdamW [P]
-    adam_eps: float = 1e-8  # AdamW [P]; [C] 1e-5
     value_warmup_iterations: int = 0  # first iterations that train the value alone [M]
     value_input: Literal["h0", "hn", "concat"] = "h0"  # hidden state that the critic reads [P]
     separate_critic: bool = False  # critic with a backbone of its own [P]
@@ -112,47 +110,26 @@ class Args:
 PRESETS = {
     "default": Args(),
     "paper": Args(
-        preset="paper", assets="bridge", max_episode_steps=80, image_size=(640, 480), sim_freq=500, solver_iterations=15,
-        fidelity="published", shader_pack="default", sim_device="cuda", model="openvla/openvla-7b",
-        unnorm_key="bridge_orig", dtype="bfloat16", lora_rank=32, num_iterations=391, num_steps=80,
-        value_learning_rate=3e-3, num_minibatches=32, micro_batch_size=8, pg_coef=7.0, recompute_logprobs=True,
-        ratio_tolerance=0.5,
+        preset="paper", assets="bridge", max_episode_steps=80, image_size=(640, 480), sim_freq=500,
+        solver_iterations=15, fidelity="published", shader_pack="default", sim_device="cuda",
+        model="openvla/openvla-7b", unnorm_key="bridge_orig", dtype="bfloat16", lora_rank=32, num_iterations=391,
+        num_steps=80, value_learning_rate=3e-3, num_minibatches=32, micro_batch_size=8, pg_coef=7.0,
+        recompute_logprobs=True, ratio_tolerance=0.5,
     ),
 }  # fmt: skip
 
 
 def check_args(args):
     """What can be refused before a model or a simulator is loaded: ValueError with values, rule and fix."""
-    ranks, samples = int(os.environ.get("WORLD_SIZE", 1)), args.num_envs * args.num_steps
-    episodes = max(1, args.num_steps // args.max_episode_steps) if args.max_episode_steps > 0 else 1
-    fits = next((n for n in range(args.num_minibatches, 0, -1) if samples % n == 0), 1)
-    rules = [
-        (args.num_envs > 0 and args.num_envs % ranks == 0,
-         f"num_envs = {args.num_envs} must be a positive multiple of the {ranks} ranks; use {64 * ranks}"),
-        (args.max_episode_steps > 0 and args.num_steps > 0 and args.num_steps % args.max_episode_steps == 0,
-         f"num_steps = {args.num_steps} must be a positive multiple of max_episode_steps = {args.max_episode_steps}; "
-         f"use --num-steps {episodes * args.max_episode_steps}"),
-        (args.num_minibatches > 0 and samples % args.num_minibatches == 0,
-         f"num_envs * num_steps = {samples} is not divisible by num_minibatches = {args.num_minibatches}; use {fits}"),
-        (args.temperature > 0, f"temperature = {args.temperature} must be > 0 to explore; use 1.0"),
-        (args.resume or not any(Path("runs", args.name or "-").glob("checkpoint-*")),
-         f"runs/{args.name} holds a run and is not overwritten; use --resume runs/{args.name} or another --name"),
-    ]  # fmt: skip
-    for name in ("num_iterations", "update_epochs", "micro_batch_size", "checkpoint_every", "torch_threads"):
-        rules.append((getattr(args, name) > 0, f"{name} = {getattr(args, name)} must be > 0; use {getattr(Args, name)}"))
-    for holds, message in rules:
-        if not holds:
-            raise ValueError(message)
+    positive = "num_iterations update_epochs micro_batch_size checkpoint_every torch_threads temperature".split()
+    positive = {name: getattr(args, name) for name in positive}
+    runs.check_rollout(args.num_envs, args.num_steps, args.max_episode_steps, args.num_minibatches, **positive)
+    if args.name and not args.resume and any(Path("runs", args.name).glob("checkpoint-*")):
+        fix = f"use --resume runs/{args.name} or another --name"
+        raise ValueError(f"runs/{args.name} holds a run, which is never overwritten; {fix}")
 
 
 # --- advantages ---
-def require_float32(shape, **tensors):
-    """A (N, 1) beside a (N,) broadcasts to (N, N) and half precision rounds RL-sized steps away: refuse both."""
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != torch.float32:
-            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; it must be {tuple(shape)} torch.float32")
-
-
 def gae(rewards, values, dones, last_values, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16).
 
@@ -163,8 +140,8 @@ def gae(rewards, values, dones, last_values, gamma, gae_lambda):
     Returns: advantages (T, N), not normalised, and returns = advantages + values (T, N), float32.
     """
     num_steps, num_envs = rewards.shape
-    require_float32((num_steps, num_envs), rewards=rewards, values=values, dones=dones)
-    require_float32((num_envs,), last_values=last_values)
+    runs.require_float32((num_steps, num_envs), rewards=rewards, values=values, dones=dones)
+    runs.require_float32((num_envs,), last_values=last_values)
     advantages = torch.zeros_like(rewards)
     next_values, lastgaelam = last_values, torch.zeros_like(last_values)
     for t in reversed(range(num_steps)):
@@ -189,8 +166,8 @@ def policy_loss(logprobs, old_logprobs, advantages, clip_coef):
     Returns: losses (M,), a token-level loss summed over tokens so that both levels start with the same gradient;
         ratios (M,) or (M, A).
     """
-    require_float32(logprobs.shape, old_logprobs=old_logprobs, logprobs=logprobs)
-    require_float32(logprobs.shape[:1], advantages=advantages)
+    runs.require_float32(logprobs.shape, old_logprobs=old_logprobs, logprobs=logprobs)
+    runs.require_float32(logprobs.shape[:1], advantages=advantages)
     ratios = (logprobs - old_logprobs).exp()
     advantages = advantages if logprobs.ndim == 1 else advantages[:, None]
     losses = torch.max(-advantages * ratios, -advantages * ratios.clamp(1 - clip_coef, 1 + clip_coef))
@@ -202,7 +179,7 @@ def value_loss(values, old_values, returns, value_clip_coef, huber_delta):
 
     Args: values, old_values, returns: (M,) float32; value_clip_coef: largest move, 0 = no clipping.
     """
-    require_float32(values.shape[:1], values=values, old_values=old_values, returns=returns)
+    runs.require_float32(values.shape[:1], values=values, old_values=old_values, returns=returns)
     losses = F.huber_loss(values, returns, reduction="none", delta=huber_delta)
     if value_clip_coef > 0:
         clipped = old_values + (values - old_values).clamp(-value_clip_coef, value_clip_coef)
@@ -210,7 +187,6 @@ def value_loss(values, old_values, returns, value_clip_coef, huber_delta):
     return losses
 
 
-EPISODE_METRICS = {"success_at_end": "success", "success_once": "success_once", "grasped": "grasped", "return": "return"}
 STATS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
 
 
@@ -272,8 +248,8 @@ def update(model, optimizer, batch, args, rng, run_dir):
         gap = max(runs.gather_over_ranks(gap)) if number == 0 else gap
         if gap > args.ratio_tolerance:
             raise RuntimeError(
-                f"|ratio - 1| = {gap:.1e} before the first update exceeds ratio_tolerance = {args.ratio_tolerance}, so act "
-                "and evaluate disagree; use --dtype float32 or --recompute-logprobs, or raise the tolerance for bfloat16"
+                f"|ratio - 1| = {gap:.1e} before the first update exceeds ratio_tolerance = {args.ratio_tolerance}: act "
+                "and evaluate disagree; use --dtype float32, or --recompute-logprobs and a higher tolerance for bfloat16"
             )
         if args.target_kl is not None and sums[4] > args.target_kl:
             break  # the same sum on every rank; this minibatch is dropped
@@ -287,18 +263,24 @@ def update(model, optimizer, batch, args, rng, run_dir):
     return {f"losses/{key}": value for key, value in means.items()}
 
 
+# metric train/KEY: the environment's name for it
+EPISODE_METRICS = dict(success_at_end="success", success_once="success_once", grasped="grasped", **{"return": "return"})
+
+
 def main(args: Args):
     # Shapes: T = num_steps, N = environments of this rank, A = 7 action tokens, B = T * N samples of this rank.
     # --- setup ---
     check_args(args)
     model_name = args.model or ("checkpoints/tiny-warmup" if Path("checkpoints/tiny-warmup").is_dir() else "tiny")
     if args.dry_run:
-        return print(runs.plan(asdict(args), asdict(PRESETS["default"]), model_name))
-    check_env_args(args.task, args.split, args.assets, args.image_size, args.sim_freq, args.solver_iterations, args.fidelity)
+        return print(logs.plan(asdict(args), asdict(PRESETS["default"]), model_name))
+    check_env_args(
+        args.task, args.split, args.assets, args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
+    )
     check_renderer("gpu" if args.sim_device == "cuda" else "cpu")
     device = runs.setup_ranks(args.device)
     rank, world_size = runs.rank_and_world_size()
-    torch.set_num_threads(args.torch_threads)
+    torch.set_num_threads(max(1, args.torch_threads // world_size))
     runs.seed_everything(args.seed)
     run_dir = args.resume or f"runs/{args.name or time.strftime(f'ppo_vla-{args.task}-{args.seed}-%Y%m%d-%H%M%S')}"
     run_dir = Path(runs.gather_over_ranks(run_dir)[0])
@@ -311,11 +293,11 @@ def main(args: Args):
         separate_critic=args.separate_critic, seed=args.seed,
     )  # fmt: skip
     model.backbone.activation_checkpointing = args.activation_checkpointing
-    unnorm_key = runs.only_key(model.norm_stats, args.unnorm_key)
+    unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key)
     params = model.trainable_parameters()
     learning_rates = {"policy": args.learning_rate, "value": args.value_learning_rate}
     groups = [{"params": params[name], "lr": lr} for name, lr in learning_rates.items()]
-    optimizer = torch.optim.AdamW(groups, eps=args.adam_eps, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
     progress = {"iteration": 0, "seconds": 0.0, "evaluations": []}  # evaluations: success at end on the paired list
     if checkpoint:
         state = runs.load_training_state(checkpoint, device)
@@ -330,13 +312,14 @@ def main(args: Args):
         args.max_episode_steps, args.fidelity, args.shader_pack, device=args.sim_device,
         num_workers=args.num_workers or max(1, len(os.sched_getaffinity(0)) // world_size),
     )  # fmt: skip
-    steps_per_iteration = args.num_envs * args.num_steps
-    first_step = progress["iteration"] * steps_per_iteration
-    logger = runs.Logger(run_dir, asdict(args), args.track, first_step, enabled=rank == 0)
+    batch_size = args.num_envs * args.num_steps  # of all ranks
+    logger = logs.Logger(run_dir, asdict(args), args.track, progress["iteration"] * batch_size, enabled=rank == 0)
     if rank == 0:
         sizes = ", ".join(f"{sum(p.numel() for p in group) / 1e6:.2f} M {name}" for name, group in params.items())
         print(f"{run_dir} | {checkpoint or model_name} on {device}, {args.dtype}, trains {sizes} weights")
-        print(f"{args.num_envs} environments, {args.sim_device} simulation, {args.assets} assets, {args.image_size} pixels")
+        print(
+            f"{args.num_envs} environments, {args.sim_device} simulation, {args.assets} pack, {args.image_size} pixels"
+        )
         runs.stop_on_signals(f"the last checkpoint is kept, continue with: python {sys.argv[0]} --resume {run_dir}")
 
     def save(kind):
@@ -362,10 +345,9 @@ def main(args: Args):
         start = time.time()
         rngs = [np.random.default_rng([args.seed, iteration, number]) for number in env_numbers]
         generators = [torch.Generator().manual_seed(int(rng.integers(2**62))) for rng in rngs]
-        first_ids = [training_ids(args.task, args.split, 1, rng) for rng in rngs]
-        images, instructions = envs.reset(np.concatenate(first_ids))
+        images, instructions = envs.reset(np.concatenate([training_ids(args.task, args.split, 1, rng) for rng in rngs]))
         obs, texts, tokens, episodes = [], [], [], []
-        logprobs, values, rewards, dones = torch.zeros(4, args.num_steps, num_envs, device=device)  # (T, N) float32 each
+        logprobs, values, rewards, dones = torch.zeros(4, args.num_steps, num_envs, device=device)  # each (T, N)
         for step in range(args.num_steps):
             inputs = model.fit_images(images)
             action_tokens, logprobs[step], values[step] = model.act(inputs, instructions, args.temperature, generators)
@@ -385,10 +367,7 @@ def main(args: Args):
         with torch.no_grad():  # without partial reset every episode ends with the rollout: nothing to bootstrap
             last_values = torch.zeros(num_envs, device=device) if ended.all() else model.value(images, instructions)
         advantages, returns = gae(rewards, values, dones, last_values, args.gamma, args.gae_lambda)
-        # (T, num_envs of all ranks): what statistics are taken over
-        all_advantages, all_values, all_returns = (
-            torch.cat(runs.gather_over_ranks(x.cpu()), dim=1) for x in (advantages, values, returns)
-        )
+        all_advantages, all_values, all_returns = runs.gather_envs(advantages, values, returns)  # of all ranks
         if args.norm_adv:
             advantages = normalize(advantages, all_advantages.to(device))
         rollout_s = time.time() - start
@@ -417,31 +396,25 @@ def main(args: Args):
         metrics["losses/explained_variance"] = 1 - (all_returns - all_values).var() / all_returns.var()
         metrics |= {"charts/iteration": iteration, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
         metrics |= {"time/rollout_s": rollout_s, "time/update_s": update_s}
-        metrics |= {"charts/SPS": steps_per_iteration / (rollout_s + update_s), **runs.peak_memory()}
+        metrics |= {"charts/SPS": batch_size / (rollout_s + update_s), **logs.peak_memory()}
 
         # --- evaluation, log, checkpoint ---
         progress["iteration"], last = iteration, iteration == args.num_iterations
         if args.eval_every and (last or iteration % args.eval_every == 0):
             metrics |= evaluation()
         progress["seconds"] += time.time() - start
-        logger.log(metrics, iteration * steps_per_iteration)
-        logger.print(runs.status_line(iteration, args.num_iterations, metrics, progress["seconds"] / iteration))
+        logger.log(metrics, iteration * batch_size)
+        logger.print(logs.status_line(iteration, args.num_iterations, metrics, progress["seconds"] / iteration))
         if last or iteration % args.checkpoint_every == 0:
             save("checkpoint")
 
     # --- summary ---
     envs.close()
     logger.close()
+    panels = [["train/success_at_end", f"eval/{args.task}/success_at_end"], ["train/return"], ["losses/approx_kl"]]
     if rank == 0:
-        success = f"train/success_at_end eval/{args.task}/success_at_end".split()
-        panels = [success, ["train/return"], ["losses/approx_kl"], ["losses/explained_variance"]]
-        evaluations = " -> ".join(f"{value:.3f}" for value in progress["evaluations"]) or "none"
-        print(
-            f"\n{args.num_iterations * steps_per_iteration:,} environment steps in {runs.hours(progress['seconds'])}\n"
-            f"success at end, {args.eval_episodes} paired episodes, temperature {args.eval_temperature}: {evaluations}\n"
-            f"peak memory {runs.peak_memory()}\ncurve {runs.plot_curves(run_dir, panels)}, videos {run_dir}/videos\n"
-            f"next: python eval_ood.py --checkpoint {run_dir} --tasks all --output results/{run_dir.name}"
-        )
+        steps = progress["iteration"] * batch_size
+        print(logs.summary(run_dir, steps, progress["seconds"], progress["evaluations"], panels))
 
 
 if __name__ == "__main__":

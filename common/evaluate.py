@@ -11,7 +11,7 @@ from pathlib import Path
 import imageio.v2 as imageio
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.runs import gather_over_ranks, rank_and_world_size
 from common.tasks import num_configurations
@@ -90,8 +90,7 @@ def run_episodes(policy, envs, episode_ids, record=0):
         # The last batch may be short: its idle environments repeat an episode, get zero actions and are not counted.
         images, instructions = envs.reset(np.resize(episode_ids[rows], envs.num_envs))
         n = len(rows)
-        texts, dones = instructions[:n], np.zeros(envs.num_envs, bool)
-        actions = np.zeros((envs.num_envs, 7), np.float32)
+        actions, dones = np.zeros((envs.num_envs, 7), np.float32), np.zeros(envs.num_envs, bool)
         while not dones.all():
             for row in frames.keys() & set(rows.tolist()):
                 frames[row].append(images[row - first])
@@ -100,15 +99,15 @@ def run_episodes(policy, envs, episode_ids, record=0):
         for row in frames.keys() & set(rows.tolist()):
             frames[row].append(images[row - first])
         batch = {key: infos[key][:n] for key in ("success_once", "grasped", "held", "return")}
-        batches.append(batch | {"success_at_end": infos["success"][:n], "instruction": np.array(texts)})
+        batches.append(batch | {"success_at_end": infos["success"][:n], "instruction": np.array(instructions[:n])})
     return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]} | {"frames": frames}
 
 
 def evaluate(model, envs, task, split, num_episodes, temperature, unnorm_key, video_stem=None, num_videos=2):
     """Success of `model` on the paired list of a task that `envs` is set to; the list is shared out over ranks.
 
-    Returns: metrics eval/<task>/{success_at_end, low, high (Wilson 95 %), success_once, grasped, return, episodes}, time/eval_s.
-    Videos of the first episodes go to <video_stem>-<n>-<success|failure>.mp4.
+    Returns: metrics eval/<task>/{success_at_end, low, high (Wilson 95 %), success_once, grasped, return, episodes} and
+    time/eval_s. Videos of the first episodes go to <video_stem>-<n>-<success|failure>.mp4.
     """
     start, (rank, world_size) = time.time(), rank_and_world_size()
     ids = evaluation_ids(task, split, num_episodes)
@@ -140,7 +139,7 @@ def write_video(path, frames, instruction, fps=5):
     temporary = path.with_name(f".{path.stem}.tmp.mp4")
     with imageio.get_writer(temporary, fps=fps, codec="libx264", macro_block_size=2) as writer:
         for frame in frames:
-            picture = Image.fromarray(frame).resize((frame.shape[1] * upscale, frame.shape[0] * upscale), Image.NEAREST)
+            picture = ImageOps.scale(Image.fromarray(frame), upscale, Image.NEAREST)
             draw = ImageDraw.Draw(picture)
             draw.rectangle((0, 0, picture.width, 28), fill="black")
             draw.text((8, 4), instruction, fill="white", font=ImageFont.load_default(18))
