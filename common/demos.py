@@ -216,6 +216,9 @@ def _merge(final, part_paths, settings):
 
 
 # --- reading ---
+FLOORS = (0.01, 0.01, 0.01, 0.05, 0.05, 0.05)  # metres, radians
+
+
 @dataclass
 class Demos:
     """B steps of E episodes; `images` as returned by `fit`, `actions` (B, 7) float32 are the expert's labels."""
@@ -226,17 +229,14 @@ class Demos:
     instructions: list[str]
     episode_ids: list[int]
     statistics: dict
-    settings: dict
-
-
-FLOORS = (0.01, 0.01, 0.01, 0.05, 0.05, 0.05)  # metres, radians
+    settings: list[dict]  # Args of each file
 
 
 def action_statistics(actions, floors=FLOORS):
     """{"q01", "q99", "mask"} of actions (B, 7): what decodes tokens to actions (OpenVLA's normalisation).
 
     With floors (6,), the range of each of the first six dimensions is symmetric and at least +-floor: dimensions that
-    hardly move keep a sensible unit, and a zero action is exactly the middle bin. Without: the plain
+    hardly move keep a sensible unit, and a zero action is exactly the middle bin. None: the plain 1 % and 99 %
     quantiles. The gripper is not normalised (mask False).
     """
     q01, q99 = (np.quantile(actions, q, axis=0).astype(np.float64) for q in (0.01, 0.99))
@@ -254,59 +254,69 @@ def _open(path):
         raise ValueError(f"{path} is not a readable HDF5 file ({error}); truncated? record it again") from error
 
 
-def load_demos(path, fit=None, num_demos=None, drop_idle=False):
-    """Read a directory of `record`, or its trajectory.h5.
+def load_demos(paths, fit=lambda images: images, num_demos=None, drop_idle=False):
+    """Read what `record` wrote: one directory (or its trajectory.h5), or a sequence of them to mix.
 
-    Args: fit: (T, H, W, 3) uint8 -> array or tensor kept in memory (`model.fit_images`); num_demos: the first so many;
-    drop_idle: drop steps that move < 1 cm and < 0.06 rad without a gripper change (Liu et al. 2025, appendix).
-    Returns `Demos`. Raises FileNotFoundError, or ValueError naming file and key.
+    Args: fit: (T, H, W, 3) uint8 -> array or tensor to keep (`model.fit_images`); num_demos: the first so many of each;
+    drop_idle: drop steps that move < 1 cm and < 0.06 rad without a gripper change (Liu et al. 2025).
+    Returns `Demos`; its statistics are the file's, computed anew for a mixture or with `drop_idle`.
+    Raises FileNotFoundError, or ValueError naming file and key.
     """
-    path = Path(path)
-    path = path if path.suffix == ".h5" else path / "trajectory.h5"
+    images, actions, kept, settings = [], [], [], []
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
+    for path in map(Path, paths):
+        path = path if path.suffix == ".h5" else path / "trajectory.h5"
+        header = _read_header(path)
+        settings.append(header["settings"])
+        if num_demos is not None and num_demos > len(header["episodes"]):
+            raise ValueError(f"num_demos = {num_demos}, but {path} holds {len(header['episodes'])}; record more")
+        with _open(path) as file:
+            for entry in header["episodes"][:num_demos]:
+                frames, labels = _read_episode(path, file, entry, drop_idle)
+                images.append(fit(frames))
+                actions.append(labels)
+                kept.append(entry)
+    alone = len(paths) == 1 and not drop_idle
+    return Demos(
+        images=np.concatenate(images) if isinstance(images[0], np.ndarray) else torch.cat(images),
+        actions=np.concatenate(actions),
+        episodes=np.repeat(np.arange(len(actions)), [len(a) for a in actions]),
+        instructions=[entry["instruction"] for entry in kept],
+        episode_ids=[entry["reset_kwargs"]["options"]["episode_ids"][0] for entry in kept],
+        statistics=header["statistics"]["action"] if alone else action_statistics(np.concatenate(actions)),
+        settings=settings,
+    )
+
+
+def _read_header(path):
+    """The .json beside the .h5 `path`, with every key that `load_demos` needs."""
     json_path = path.with_suffix(".json")
     for each in (path, json_path):
         if not each.exists():
-            raise FileNotFoundError(f"{each} is missing; make it with python -m common.demos --output {path.parent}")
+            raise FileNotFoundError(f"{each} is missing; make it with: python -m common.demos --output {path.parent}")
     try:
         header = json.loads(json_path.read_text())
-        settings, entries = header["settings"], header["episodes"]
-        statistics = {k: header["statistics"]["action"][k] for k in ("q01", "q99", "mask")}
+        header["settings"], header["episodes"], *(header["statistics"]["action"][k] for k in ("q01", "q99", "mask"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{json_path} is not valid JSON ({error}); record it again") from error
     except KeyError as error:
         raise ValueError(f"{json_path} has no key {error}; record it again with this version") from error
-    if num_demos is not None and num_demos > len(entries):
-        raise ValueError(f"num_demos = {num_demos}, but {path} holds {len(entries)}; record more with common.demos")
-    entries = entries[:num_demos]
-    images, actions = [], []
-    with _open(path) as file:
-        for entry in entries:
-            name = f"traj_{entry['episode_id']}"
-            try:
-                group = file[name]
-                action = np.asarray(group["expert_actions" if "expert_actions" in group else "actions"], np.float32)
-                if action.ndim != 2 or action.shape[1] != 7 or len(action) != entry["elapsed_steps"]:
-                    rule = f"({entry['elapsed_steps']}, 7): xyz, Euler angles, gripper"
-                    raise ValueError(f"{path}: {name}/actions has shape {action.shape}, it must be {rule}")
-                keep = moving_steps(action) if drop_idle else np.arange(len(action))
-                frames = group[f"obs/sensor_data/{CAMERA}/rgb"]
-                image = np.stack([np.asarray(Image.open(io.BytesIO(frames[int(t)]))) for t in keep])
-            except (KeyError, OSError) as error:
-                raise ValueError(f"{path}: {name} cannot be read ({error}); record the file again") from error
-            images.append(image if fit is None else fit(image))
-            actions.append(action[keep])
-    if drop_idle:
-        statistics = action_statistics(np.concatenate(actions))
-    concatenate = np.concatenate if isinstance(images[0], np.ndarray) else torch.cat
-    return Demos(
-        images=concatenate(images),
-        actions=np.concatenate(actions),
-        episodes=np.repeat(np.arange(len(actions)), [len(a) for a in actions]),
-        instructions=[entry["instruction"] for entry in entries],
-        episode_ids=[entry["reset_kwargs"]["options"]["episode_ids"][0] for entry in entries],
-        statistics=statistics,
-        settings=settings,
-    )
+    return header
+
+
+def _read_episode(path, file, entry, drop_idle):
+    """Frames (T, H, W, 3) uint8 and labels (T, 7) float32 of one episode."""
+    name = f"traj_{entry['episode_id']}"
+    try:
+        group = file[name]
+        actions = np.asarray(group["expert_actions" if "expert_actions" in group else "actions"], dtype=np.float32)
+        if actions.shape != (rule := (entry["elapsed_steps"], 7)):
+            raise ValueError(f"{path}: {name}/actions is {actions.shape}, not {rule}: xyz, Euler angles, gripper")
+        keep = moving_steps(actions) if drop_idle else np.arange(len(actions))
+        frames = group[f"obs/sensor_data/{CAMERA}/rgb"]
+        return np.stack([np.asarray(Image.open(io.BytesIO(frames[int(t)]))) for t in keep]), actions[keep]
+    except (KeyError, OSError) as error:
+        raise ValueError(f"{path}: {name} cannot be read ({error}); truncated? record it again") from error
 
 
 def moving_steps(actions, metres=0.01, radians=0.06):

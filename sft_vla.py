@@ -1,0 +1,340 @@
+"""Supervised fine-tuning (behaviour cloning) of a vision-language-action model, after Liu, Gao et al. 2025.
+
+    python -m common.demos --num-demos 1000 --output demos/main    # expert demonstrations
+    python sft_vla.py --demos demos/main                           # small model, embedded assets, any CPU
+    python sft_vla.py --preset warmup --demos demos/warmup         # OpenVLA-7B, the start of PPO
+    python sft_vla.py --preset baseline --adapter runs/WARMUP/checkpoint-000020    # PPO's opponent, from the warm-up
+    torchrun --nproc-per-node 2 sft_vla.py --demos demos/main      # the same update, minibatches split over ranks
+    python sft_vla.py --resume runs/NAME                           # continues exactly
+
+Minimises the cross-entropy of the expert's action tokens given image and instruction. Its checkpoints are where
+ppo_vla.py, grpo_vla.py and dpo_vla.py start. Departures from the paper, explained in docs/sft_vla.md:
+ 1. The loss is over the 256 action bins, the distribution that is sampled from later, not over the whole vocabulary.
+ 2. Action statistics are symmetric with a floor: zero is exactly a bin, idle dimensions keep a unit ([P]: quantiles).
+ 3. Trained weights and losses are float32; validation by whole episodes; success on paired held-out episodes.
+Sibling: ppo_vla.py. Here is no rollout and no advantage; an iteration is `num_updates` optimizer steps.
+"""
+
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import logs, runs
+from common.demos import action_statistics, load_demos
+from common.doctor import check_renderer
+from common.env import check_env_args
+from common.evaluate import evaluate
+from common.vec_env import make_envs
+from common.vla import load_vla, save_vla
+
+
+# --- args ---
+# Sources: [P] the paper's code (RL4VLA), [M] measured here (docs/sft_vla.md), [D] our decision.
+@dataclass
+class Args:
+    # run
+    preset: Literal["default", "warmup", "baseline"] = "default"  # embedded small model, or OpenVLA-7B as in the paper
+    name: str = ""  # run directory runs/NAME; empty = sft_vla-TASK-SEED-TIME
+    resume: str = ""  # run directory to continue exactly; its Args become the defaults
+    seed: int = 1  # weights of `--model tiny`, validation split, minibatches, augmentation
+    device: str = "auto"  # of the model: cpu, cuda, or auto
+    torch_threads: int = 2  # CPU threads of the model
+    track: bool = False  # log to Weights & Biases too
+    # environment: only for evaluations
+    task: str = "main"  # a row of common/tasks.py
+    split: Literal["train", "test", "all"] = "train"  # its configurations
+    assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
+    num_envs: int = 32  # over all ranks
+    max_episode_steps: int = 40  # control steps of 0.2 s; the expert needs 26; [P] 80 [M]
+    image_size: tuple[int, int] = (160, 120)  # camera pixels (width, height), those of the demonstrations; [P] 640 480
+    sim_freq: int = 250  # physics Hz; [P] 500 [M]
+    solver_iterations: int = 4  # of the contact solver; [P] 15 [M]
+    fidelity: Literal["fixed", "published"] = "fixed"  # published = with the benchmark's known defects
+    shader_pack: Literal["minimal", "default"] = "minimal"  # renderer quality; [P] default [M]
+    sim_device: Literal["cpu", "cuda"] = "cpu"  # worker processes, or one batched GPU simulation [P] cuda
+    num_workers: int = 0  # environment processes per rank; 0 = share the cores
+    # model
+    model: str = "tiny"  # directory, hub id, or tiny (random weights)
+    adapter: str = ""  # LoRA directory on top of model
+    merge_adapter: bool = False  # add the adapter to the weights and train a new one [P baseline], or go on training it
+    unnorm_key: str = "cleanvla"  # name of the action statistics in the checkpoint
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls and frozen weights; trained weights stay float32
+    lora_rank: int = 0  # 0 = train all weights; [P] 32
+    lora_targets: Literal["all", "llm"] = "all"  # linear layers with LoRA [P] all
+    activation_checkpointing: bool = False  # less memory, about 30 % slower updates [D]
+    # evaluation and checkpoints
+    eval_every: int = 10  # iterations between evaluations in simulation, last included; 0 = none
+    eval_episodes: int = 64  # of the paired list; 64 episodes at 94 % have the 95 % interval [85, 98] [P]
+    eval_temperature: float = 0.6  # [P]
+    num_videos: int = 2  # per evaluation
+    checkpoint_every: int = 5  # iterations; an interruption loses at most so many
+    # algorithm
+    demos: tuple[str, ...] = ("demos/main",)  # directories of common/demos.py, mixed by their sizes
+    num_demos: int = 0  # the first so many of each directory; 0 = all
+    val_demos: int = 20  # episodes kept for validation; [P] 16
+    drop_idle: bool = False  # drop steps that hardly move [P baseline]; here idle steps teach to wait and to rest [M]
+    statistics: Literal["symmetric", "quantiles", "model"] = "symmetric"  # of the data, or those of the model kept
+    num_iterations: int = 40  # of num_updates optimizer steps each
+    num_updates: int = 100  # per iteration: one line of metrics
+    batch_size: int = 128  # over all ranks; [P] 32
+    micro_batch_size: int = 128  # samples per forward; only memory and speed depend on it
+    learning_rate: float = 1e-3  # AdamW [M]; [P] 5e-4
+    lr_schedule: Literal["constant", "cosine"] = "cosine"  # to 0 over the run [M]; [P] constant
+    warmup_updates: int = 100  # linear rise of the learning rate [D]; [P] 0
+    weight_decay: float = 0.01  # AdamW [P]
+    max_grad_norm: float = 1.0  # [D]; [P] none
+    augment: bool = False  # random crop and colours [P warm-up]
+
+
+PAPER = dict(
+    assets="bridge", max_episode_steps=80, image_size=(640, 480), sim_freq=500, solver_iterations=15,
+    fidelity="published", shader_pack="default", sim_device="cuda", model="openvla/openvla-7b", dtype="bfloat16",
+    lora_rank=32, statistics="quantiles", batch_size=32, micro_batch_size=8, learning_rate=5e-4,
+    lr_schedule="constant", warmup_updates=0, max_grad_norm=float("inf"),
+)  # fmt: skip
+PRESETS = {
+    "default": Args(),
+    "warmup": Args(preset="warmup", **PAPER, num_iterations=20, val_demos=10, augment=True),
+    "baseline": Args(
+        preset="baseline", **PAPER, num_iterations=600, val_demos=16, drop_idle=True, merge_adapter=True, eval_every=50
+    ),
+}
+
+
+def check_args(args):
+    """What can be refused before a model or data are loaded: ValueError with values, rule and fix."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    positive = (
+        "num_iterations num_updates batch_size num_envs micro_batch_size checkpoint_every torch_threads val_demos"
+    )
+    for name in positive.split():
+        if (value := getattr(args, name)) <= 0:
+            raise ValueError(f"{name} = {value} must be > 0; use {getattr(Args, name)}")
+        if name in ("batch_size", "num_envs") and value % ranks:
+            raise ValueError(f"{name} = {value} must be a multiple of the {ranks} ranks; use {32 * ranks}")
+    if args.name and not args.resume and any(Path("runs", args.name).glob("checkpoint-*")):
+        fix = f"use --resume runs/{args.name} or another --name"
+        raise ValueError(f"runs/{args.name} holds a run, which is never overwritten; {fix}")
+
+
+def load_data(args, model):
+    """Training and validation samples, dicts of rows: images (uint8, as the model sees them), instructions, actions
+    (float32), action_tokens; and the unnorm_key. Replaces the model's action statistics unless they are kept."""
+
+    def fit(images):  # (T, H, W, 3) uint8, any size -> (T, h, w, 3) uint8
+        images = model.fit_images(images).cpu()
+        return images if images.dtype == torch.uint8 else images.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+
+    demos = load_demos(args.demos, fit, args.num_demos or None, args.drop_idle)
+    for path, settings in zip(args.demos, demos.settings, strict=True):
+        for key, here in (("assets", args.assets), ("image_size", list(args.image_size))):
+            if settings[key] != here:
+                raise ValueError(f"{path} was recorded with {key} = {settings[key]}, this run has {here}; change one")
+    if args.val_demos >= len(demos.instructions):
+        raise ValueError(f"val_demos = {args.val_demos} leaves none of {len(demos.instructions)} episodes; use fewer")
+    if args.statistics != "model":
+        statistics = demos.statistics if args.statistics == "symmetric" else action_statistics(demos.actions, None)
+        model.norm_stats.clear()
+        model.norm_stats[args.unnorm_key] = {"action": statistics}
+    unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key if args.statistics != "model" else "")
+    action_tokens = model.tokens_from_actions(demos.actions, unnorm_key)
+    chosen = np.random.default_rng(args.seed).permutation(len(demos.instructions))[: args.val_demos]
+    splits = []
+    for inside in (~np.isin(demos.episodes, chosen), np.isin(demos.episodes, chosen)):
+        rows = torch.as_tensor(np.flatnonzero(inside))
+        texts = [demos.instructions[episode] for episode in demos.episodes[inside]]
+        data = {"images": demos.images[rows], "actions": torch.as_tensor(demos.actions)[rows], "instructions": texts}
+        splits.append(data | {"action_tokens": action_tokens[rows]})
+    return *splits, unnorm_key
+
+
+# --- loss ---
+def augment(images, generator):
+    """Random crop of 90 to 100 % of the area, then brightness, saturation and contrast each +-20 %, per image.
+
+    Args: images (M, H, W, 3) uint8; generator: torch.Generator of the CPU. Returns: the same shape, uint8.
+    """
+    r = torch.rand(len(images), 6, generator=generator).to(images.device)
+    side = (0.9 + 0.1 * r[:, 0]).sqrt()
+    crop = torch.zeros(len(images), 2, 3, device=images.device)
+    crop[:, 0, 0] = crop[:, 1, 1] = side
+    crop[:, :, 2] = (2 * r[:, 1:3] - 1) * (1 - side)[:, None]
+    x = images.permute(0, 3, 1, 2).float()
+    x = F.grid_sample(x, F.affine_grid(crop, x.shape, align_corners=False), padding_mode="border", align_corners=False)
+    brightness, saturation, contrast = (0.8 + 0.4 * r[:, 3:, None, None, None]).unbind(1)
+    grey = brightness * x.mean(1, keepdim=True)
+    x = grey + (brightness * x - grey) * saturation
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return (mean + (x - mean) * contrast).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
+
+
+def minibatch(number, num_rows, batch_size, seed):
+    """Rows of optimizer step `number`: each epoch is one permutation, its incomplete last minibatch is dropped."""
+    batch_size = min(batch_size, num_rows)
+    epoch, k = divmod(number, num_rows // batch_size)
+    return torch.as_tensor(np.random.default_rng([seed, epoch]).permutation(num_rows)[k * batch_size :][:batch_size])
+
+
+def cross_entropy(model, data, rows, images):
+    """-log-probability of the expert's tokens, (M,) nats per token, for rows (M,) of data and their images."""
+    texts = [data["instructions"][row] for row in rows]
+    return -model.evaluate(images, texts, data["action_tokens"][rows], return_token_logprobs=True)[0].mean(1)
+
+
+@torch.no_grad()
+def validate(model, data, unnorm_key, micro_batch_size, max_rows):
+    """Metrics of at most `max_rows` evenly spread rows; tokens are greedy and autoregressive, as in an episode."""
+    rows = torch.linspace(0, len(data["actions"]) - 1, min(max_rows, len(data["actions"]))).long()
+    losses, tokens = [], []
+    for part in rows.split(micro_batch_size):
+        images = data["images"][part]
+        losses.append(cross_entropy(model, data, part, images).cpu())
+        tokens.append(model.act(images, [data["instructions"][row] for row in part], temperature=0)[0].cpu())
+    tokens = torch.cat(tokens)
+    error = (model.actions_from_tokens(tokens, unnorm_key) - data["actions"][rows]).abs()
+    return {
+        "cross_entropy": torch.cat(losses).mean().item(),
+        "token_accuracy": (tokens == data["action_tokens"][rows]).float().mean().item(),
+        "gripper_accuracy": (error[:, 6] < 0.9).float().mean().item(),
+        "l1_xyz_mm": 1000 * error[:, :3].mean().item(),
+        "l1_rotation_mrad": 1000 * error[:, 3:6].mean().item(),
+    }
+
+
+def update(model, optimizer, data, number, args, run_dir):
+    """Optimizer step `number`, its minibatch spread over all ranks. Returns: nats per token, gradient norm."""
+    rank, world_size = runs.rank_and_world_size()
+    rows = minibatch(number, len(data["actions"]), args.batch_size, args.seed)
+    images = data["images"][rows]
+    if args.augment:  # before the split, so that any number of ranks sees the same
+        images = augment(images, torch.Generator().manual_seed(args.seed * 2**32 + number))
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=model.device)
+    for mine in torch.arange(len(rows))[rank::world_size].split(args.micro_batch_size):
+        loss = cross_entropy(model, data, rows[mine], images[mine]).sum() / len(rows)
+        if not torch.isfinite(loss):
+            runs.stop_non_finite(run_dir, "loss", data, rows[mine])
+        loss.backward()
+        total += loss.detach()
+    parameters = optimizer.param_groups[0]["params"]
+    runs.sum_gradients(parameters)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+    if not np.isfinite(grad_norm):
+        runs.stop_non_finite(run_dir, "gradient", data, rows)
+    optimizer.step()
+    return runs.sum_over_ranks(total).item(), grad_norm
+
+
+def main(args: Args):
+    # Shapes: M samples of a minibatch over all ranks, A = 7 action tokens.
+    # --- setup ---
+    check_args(args)
+    check_env_args(
+        args.task, args.split, args.assets, args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
+    )
+    if args.eval_every:
+        check_renderer("cuda" if args.sim_device == "cuda" else "cpu")
+    device = runs.setup_ranks(args.device)
+    rank, world_size = runs.rank_and_world_size()
+    torch.set_num_threads(args.torch_threads)
+    runs.seed_everything(args.seed)
+    run_dir = args.resume or f"runs/{args.name or time.strftime(f'sft_vla-{args.task}-{args.seed}-%Y%m%d-%H%M%S')}"
+    run_dir = Path(runs.gather_over_ranks(run_dir)[0])
+    checkpoint = runs.find_checkpoint(run_dir) if args.resume else None
+
+    # --- model, data and optimizer ---
+    model = load_vla(
+        checkpoint or args.model, device, getattr(torch, args.dtype), args.lora_rank, args.lora_targets,
+        adapter=None if checkpoint else args.adapter or None, value_head=False, seed=args.seed,
+        merge_adapter=args.merge_adapter and not checkpoint,
+    )  # fmt: skip
+    model.backbone.activation_checkpointing = args.activation_checkpointing
+    data, val_data, unnorm_key = load_data(args, model)
+    params = model.trainable_parameters()["policy"]
+    optimizer = torch.optim.AdamW(params, lr=args.learning_rate, weight_decay=args.weight_decay)
+    progress = {"iteration": 0, "seconds": 0.0, "evaluations": []}  # evaluations: success at end on the paired list
+    if checkpoint:
+        state = runs.load_training_state(checkpoint, device)
+        optimizer.load_state_dict(state["optimizer"])
+        progress = state["progress"]
+
+    # --- environments, logger, checkpoints, evaluation ---
+    envs = make_envs(
+        args.task, args.split, args.num_envs // world_size, args.assets, args.image_size, args.sim_freq,
+        args.solver_iterations, args.max_episode_steps, args.fidelity, args.shader_pack, device=args.sim_device,
+        num_workers=args.num_workers or max(1, len(os.sched_getaffinity(0)) // world_size),
+    ) if args.eval_every else None  # fmt: skip
+    logger = logs.Logger(run_dir, asdict(args), args.track, progress["iteration"] * args.num_updates, enabled=rank == 0)
+    num_samples, last_update = len(data["actions"]), args.num_iterations * args.num_updates
+    if rank == 0:
+        size = sum(p.numel() for p in params) / 1e6
+        print(f"{run_dir} | {checkpoint or args.model} on {device}, {args.dtype}, trains {size:.2f} M weights")
+        print(f"{num_samples} samples, {len(val_data['actions'])} for validation, {args.assets} assets")
+        runs.stop_on_signals(f"the last checkpoint is kept, continue with: python {sys.argv[0]} --resume {run_dir}")
+
+    def save(kind):
+        if rank == 0:
+            state = {"optimizer": optimizer.state_dict(), "progress": progress, "args": asdict(args)}
+            runs.save_checkpoint(run_dir, kind, progress["iteration"], lambda path: save_vla(model, path), state)
+
+    def evaluation():
+        """The in-distribution list; the best checkpoint is chosen here and on nothing else."""
+        inputs = args.task, args.split, args.eval_episodes, args.eval_temperature, unnorm_key
+        metrics = evaluate(model, envs, *inputs, run_dir / "videos" / f"{progress['iteration']:06d}", args.num_videos)
+        progress["evaluations"].append(metrics[f"eval/{args.task}/success_at_end"])
+        if progress["evaluations"][-1] >= max(progress["evaluations"]):
+            save("best")
+        return metrics
+
+    for iteration in range(progress["iteration"] + 1, args.num_iterations + 1):
+        # --- update ---
+        start, history = time.time(), []
+        for number in range((iteration - 1) * args.num_updates, iteration * args.num_updates):
+            decay = 0.5 * (1 + np.cos(np.pi * number / last_update)) if args.lr_schedule == "cosine" else 1.0
+            lr = args.learning_rate * decay * min(1.0, (number + 1) / max(1, args.warmup_updates))
+            optimizer.param_groups[0]["lr"] = lr
+            history.append(update(model, optimizer, data, number, args, run_dir))
+        update_s = time.time() - start
+
+        # --- metrics ---
+        metrics = dict(zip(("losses/cross_entropy", "losses/grad_norm"), np.mean(history, axis=0), strict=True))
+        for name, part, most in (("train", data, 256), ("val", val_data, 1024)):
+            measured = validate(model, part, unnorm_key, args.micro_batch_size, most)
+            metrics |= {f"{name}/{key}": value for key, value in measured.items()}
+        metrics |= {"charts/iteration": iteration, "charts/learning_rate": lr, "time/update_s": update_s}
+        metrics |= {"charts/samples_per_s": args.num_updates * args.batch_size / update_s, **logs.peak_memory()}
+
+        # --- evaluation, log, checkpoint ---
+        progress["iteration"], last = iteration, iteration == args.num_iterations
+        if args.eval_every and (last or iteration % args.eval_every == 0):
+            metrics |= evaluation()
+        progress["seconds"] += time.time() - start
+        logger.log(metrics, iteration * args.num_updates)
+        shown = "losses/cross_entropy val/cross_entropy val/token_accuracy val/l1_xyz_mm".split()
+        text = " | ".join(
+            f"{key} {metrics[key]:.3f}" for key in [*shown, f"eval/{args.task}/success_at_end"] if key in metrics
+        )
+        status = logs.status_line(iteration, args.num_iterations, metrics, progress["seconds"] / iteration)
+        logger.print(f"{status} | {text}")
+        if last or iteration % args.checkpoint_every == 0:
+            save("checkpoint")
+
+    # --- summary ---
+    if envs:
+        envs.close()
+    logger.close()
+    panels = [["losses/cross_entropy", "val/cross_entropy"], ["train/token_accuracy", "val/token_accuracy"]]
+    if rank == 0:
+        text = logs.summary(run_dir, last_update, progress["seconds"], progress["evaluations"], panels)
+        print(text.replace("environment steps", "optimizer steps  "))
+
+
+if __name__ == "__main__":
+    main(runs.parse_args(Args, PRESETS))
