@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 2 ppo_vla.py --num-envs 64  # the same update, environments split over ranks
     python ppo_vla.py --resume runs/NAME                  # continues exactly
 
-An action of 7 tokens is one decision, its log-prob the sum over tokens. The critic reads the actor's hidden state at the
-last prompt token (h0). Departures from the paper's code, explained in docs/ppo_vla.md:
+An action of 7 tokens is one decision, its log-prob the sum over tokens. The critic reads the actor's hidden state h0 at
+the last prompt token. Departures from the paper's code, explained in docs/ppo_vla.md:
  1. Actions are sampled from exactly the distribution that is scored (the code samples with top_k 50, scores 256 bins).
  2. `pg_coef` is explicit; in the code a broadcast multiplies the policy loss by 7.
  3. Trained weights, log-probs, ratios and losses are float32 (the code: bfloat16).
@@ -92,7 +92,7 @@ class Args:
     gae_lambda: float = 0.95  # [P]
     update_epochs: int = 1  # passes over a rollout [P]
     num_minibatches: int = 20  # optimizer steps per epoch [M]; [P] 32 of 160 samples
-    micro_batch_size: int = 256  # samples per forward; only memory and speed depend on it; [P] 8
+    micro_batch_size: int = 128  # samples per forward; only memory and speed depend on it; [P] 8
     norm_adv: bool = True  # advantages to mean 0, std 1 once per rollout, over all ranks [P]
     clip_coef: float = 0.2  # of the ratio [P]
     value_clip_coef: float = 0.2  # of the value's move; 0 = no clipping [P]
@@ -248,8 +248,8 @@ def update(model, optimizer, batch, args, rng, run_dir):
         gap = max(runs.gather_over_ranks(gap)) if number == 0 else gap
         if gap > args.ratio_tolerance:
             raise RuntimeError(
-                f"|ratio - 1| = {gap:.1e} before the first update exceeds ratio_tolerance = {args.ratio_tolerance}: act "
-                "and evaluate disagree; use --dtype float32, or --recompute-logprobs and a higher tolerance for bfloat16"
+                f"|ratio - 1| = {gap:.1e} before the first update exceeds ratio_tolerance = {args.ratio_tolerance}: act"
+                " and evaluate disagree; use float32, or for bfloat16 --recompute-logprobs and a higher tolerance"
             )
         if args.target_kl is not None and sums[4] > args.target_kl:
             break  # the same sum on every rank; this minibatch is dropped

@@ -137,14 +137,16 @@ def plan(settings, default, model_name):
     sizes = [(p.numel(), p.requires_grad) for p in backbone.parameters()]
     total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
     samples, width, text = s.num_envs * s.num_steps, 4 if s.dtype == "float32" else 2, backbone.language_model.config
-    # 17 numbers per token, channel and layer of saved activations (Korthikanti et al. 2022, eq. 2), about 300 tokens
-    saved = (1 if s.activation_checkpointing else 17) * text.num_hidden_layers * text.hidden_size * 300
-    small = "stem_channels" in source.config
+    # 17 numbers per token, channel and layer of saved activations (Korthikanti et al. 2022, eq. 2), 40 tokens of text
+    tokens = source.config.get("image_tokens", 256) + 40
+    saved = (1 if s.activation_checkpointing else 17) * text.num_hidden_layers * text.hidden_size * tokens
+    left, top, right, bottom = source.config.get("crop", (0, 0, 224, 224))
+    image_bytes = 3 * (right - left) * (bottom - top) * (1 if "crop" in source.config else width)
     gigabytes = {
         "weights": (total - trained) * width + 4 * trained,
         "gradients and Adam": 12 * trained,
-        "activations": saved * s.micro_batch_size * width,
-        "rollout images (host)": samples * 3 * (math.prod(backbone.vision_backbone.size) if small else width * 224**2),
+        "activations": saved * min(s.micro_batch_size, samples // s.num_minibatches) * width,
+        "rollout images (host)": samples * image_bytes,
     }
     minibatch, steps = samples // s.num_minibatches, s.num_iterations * samples
     return "\n".join(
@@ -152,7 +154,8 @@ def plan(settings, default, model_name):
         + [f"  {key} = {value} ({default[key]})" for key, value in settings.items() if value != default[key]]
         + [
             f"rollout: {s.num_envs} environments x {s.num_steps} steps = {samples} samples",
-            f"update: {s.update_epochs} x {s.num_minibatches} minibatches of {minibatch}, parts of {s.micro_batch_size}",
+            f"update: {s.update_epochs} x {s.num_minibatches} minibatches of {minibatch}, "
+            f"micro-batches of {min(s.micro_batch_size, minibatch)}",
             f"run: {s.num_iterations} iterations, {steps:,} environment steps, "
             f"{s.num_iterations * s.update_epochs * s.num_minibatches:,} optimizer steps",
             f"model: {model_name}, {'local' if local else f'downloads {total * 2 / 1e9:.0f} GB'}, {s.dtype}, "
