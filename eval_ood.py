@@ -4,24 +4,21 @@
     python eval_ood.py --policy zero --num-episodes 4 --output results/zero      # a baseline needs no checkpoint
 
 Writes results.json, report.md, figure.png and videos of one success and one failure per task. The same command after a
-kill goes on with the next task. Different from the published protocol (Liu et al. 2025, section 4), on purpose:
+kill goes on with the next task. Departures from the published protocol (Liu et al. 2025), see docs/eval_ood.md:
 1. Explicit episode ids from --seed, the same for every policy (paired), never used in training; published: random ones.
 2. Every episode draws from a generator of its own, and the model always runs on blocks of --block-size episodes, each
    in a fixed row: results depend neither on --num-envs nor on --num-workers.
 3. Wilson 95 % intervals, exact McNemar tests between policies, and more than success at the last step.
-Fields, tests and measured times: docs/eval_ood.md
 """
 
 import hashlib
 import importlib.metadata
 import json
 import os
-import platform
 import re
 import subprocess
 import time
 import zlib
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,7 +32,7 @@ from common.assets import load_pack
 from common.evaluate import evaluation_ids, run_episodes, wilson, write_video
 from common.expert import Expert
 from common.report import compare, dimension_means, make, write_atomic
-from common.runs import only_key
+from common.runs import choose_key
 from common.tasks import REPORT_ROWS, decode, instruction
 from common.vec_env import make_envs
 from common.vla import load_vla
@@ -65,7 +62,6 @@ class Args:
     sim_device: Literal["cpu", "cuda"] | None = None  # worker processes, or one batched GPU simulation
     num_envs: int = 16  # results do not depend on it, nor on num_workers
     num_workers: int = 0  # environment processes; 0 = one per core
-    # model
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the model
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls and weights
     block_size: int = 16  # rows of every model call; changes results a little: kernels round by batch size
@@ -102,7 +98,7 @@ def environment(args: Args, trained: list[dict]) -> dict:
         if getattr(args, key) is None and any(value != values[0] for value in values):
             raise ValueError(f"checkpoints were trained with different {key}: {values}; set it by its flag")
         chosen[key] = values[0] if getattr(args, key) is None else getattr(args, key)
-    return chosen | {"image_size": tuple(chosen["image_size"])}
+    return chosen | {"image_size": list(chosen["image_size"])}  # as JSON has it
 
 
 def fingerprint(model: str) -> str:
@@ -119,7 +115,7 @@ def baseline(kind: str, envs, seeds: list[int]):
     """zero: stand still, gripper open; random: uniform in +-2 cm, +-0.1 rad; expert: that of the demonstrations."""
     still, scale = np.array([0, 0, 0, 0, 0, 0, 1], np.float32), np.array([0.02] * 3 + [0.1] * 3 + [1.0])
     rngs = [np.random.default_rng(seed) for seed in seeds]
-    experts = defaultdict(lambda: Expert(envs.num_envs))  # one per batch of episodes: it remembers phases
+    experts = {first: Expert(envs.num_envs) for first in range(0, len(seeds), envs.num_envs)}  # one per batch
     return {
         "zero": lambda images, instructions, rows: np.tile(still, (len(rows), 1)),
         "random": lambda images, instructions, rows: np.stack([rngs[row].uniform(-scale, scale) for row in rows]),
@@ -152,17 +148,16 @@ def model_policy(model, unnorm_key, temperature, instructions, seeds, block_size
 
 
 # --- one task ---
-def run_task(policy, envs, ids: np.ndarray, video_stem: str, progress) -> dict[str, np.ndarray]:
+def run_task(policy, envs, ids: np.ndarray, stem: str, progress) -> dict[str, np.ndarray]:
     """Outcomes (E,) per episode, see `run_episodes`; videos of the first success and the first failure."""
-    parts, missing = [], {"success": True, "failure": False}
+    parts, missing, upscale = [], {"success": True, "failure": False}, max(1, 640 // envs.image_size[0])
     for first in range(0, len(ids), envs.num_envs):
         shifted = lambda images, instructions, rows, first=first: policy(images, instructions, rows + first)  # noqa: E731
         part = run_episodes(shifted, envs, ids[first : first + envs.num_envs], record=envs.num_envs if missing else 0)
         frames = part.pop("frames")
         for outcome in [key for key, wanted in missing.items() if (part["success_at_end"] == wanted).any()]:
             row = int(np.argmax(part["success_at_end"] == missing.pop(outcome)))
-            upscale = max(1, 640 // frames[row][0].shape[1])
-            write_video(f"{video_stem}-{outcome}.mp4", frames[row], str(part["instruction"][row]), upscale)
+            write_video(f"{stem}-{outcome}.mp4", frames[row], part["instruction"][row], upscale)
         parts.append(part)
         progress(len(part["return"]))
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -173,7 +168,7 @@ def machine() -> dict[str, str]:
     commands, where = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"]), Path(__file__).parent
     git = [subprocess.run(["git", *c], cwd=where, capture_output=True, text=True).stdout.strip() for c in commands]
     cpu = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.name == "posix" else None
-    hardware = [f"{os.cpu_count()} x {cpu[1] if cpu else platform.machine()}"]
+    hardware = [f"{os.cpu_count()} x {cpu[1] if cpu else os.uname().machine}"]
     hardware += [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     software = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "mani_skill", "sapien", "numpy")]
     commit = (git[0] or "unknown") + ("+changes" if git[1] else "")
@@ -187,27 +182,23 @@ def write_json(path: Path, value: dict) -> None:
     write_atomic(path, lambda temporary: temporary.write_text(text + "\n"))
 
 
-def main(args: Args) -> dict:
+def main(args: Args) -> None:
     # --- setup ---
     rows, output = select_rows(args.tasks), Path(args.output)
     if (args.policy == "model") != bool(args.checkpoint):
         raise ValueError(f"--policy {args.policy}, {len(args.checkpoint)} checkpoints: model needs some, others none")
     if min(args.num_episodes, args.num_envs, args.block_size) < 1 or args.temperature < 0:
         raise ValueError("--num-episodes, --num-envs and --block-size must be >= 1, --temperature >= 0 (0 = greedy)")
-    names = [Path(checkpoint).name for checkpoint in args.checkpoint] or [args.policy]
-    if len(set(names)) < len(names):  # runs/a/best-000010 and runs/b/best-000010
-        names = ["_".join(Path(checkpoint).parts) for checkpoint in args.checkpoint]
+    names = [checkpoint.strip("./").replace("/", "_") for checkpoint in args.checkpoint] or [args.policy]
     found = dict(zip(names, map(find_model, args.checkpoint), strict=False))
     env_kwargs = environment(args, [trained for _, trained in found.values()])
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    chosen = ("num_episodes", "temperature", "seed", "block_size", "dtype", "policy")
-    config = env_kwargs | {key: getattr(args, key) for key in chosen} | {"device": device}
-    config, about = json.loads(json.dumps(config)), machine()  # tuples to lists, as the files have them
+    chosen = {k: getattr(args, k) for k in ("num_episodes", "temperature", "seed", "block_size", "dtype", "policy")}
+    config, about = env_kwargs | chosen | {"device": device}, machine()
     print("\n".join(f"{key:18} {value}" for key, value in (config | about).items()))
     arguments = {name: dict(config) for name in names}  # all that changes results
-    for name, (path, trained) in found.items():
-        key = args.unnorm_key or trained.get("unnorm_key", "")
-        arguments[name] |= {"unnorm_key": key, "weights": fingerprint(path)}
+    for name, (path, _) in found.items():
+        arguments[name] |= {"unnorm_key": args.unnorm_key, "weights": fingerprint(path)}
 
     # --- what is finished: one file per policy and task ---
     files = {(name, row[0]): output / "tasks" / name / f"{row[0]}.json" for name in names for row in rows}
@@ -216,26 +207,24 @@ def main(args: Args) -> dict:
         now, was = arguments[name], json.loads(file.read_text())["arguments"] if file.exists() else arguments[name]
         if differ := [f"{k} was {was.get(k)}, is {now.get(k)}" for k in was | now if was.get(k) != now.get(k)]:
             raise ValueError(f"{file}: {', '.join(differ)}; repeat its arguments or choose another --output")
-    print(f"{len(files) - len(todo)} of {len(files)} tasks are finished")
 
     # --- evaluate ---
     if todo:
         kwargs = env_kwargs | {"num_envs": min(args.num_envs, args.num_episodes), "num_workers": args.num_workers}
         envs = make_envs(*todo[0][1][2:4], device=kwargs.pop("sim_device"), **kwargs)
-    bar = tqdm(total=len(todo) * args.num_episodes, unit="episode", mininterval=1, disable=not todo)
-    loaded = None
+    num_done, loaded = len(files) - len(todo), None
+    bar = tqdm(total=len(files) * args.num_episodes, initial=num_done * args.num_episodes, unit="episode")
     for name, (row, dimension, task, split, sft, ppo) in todo:
         start = time.time()
         bar.set_description(f"{name} {row}")
         envs.set_task(task, split)
         ids = evaluation_ids(task, split, args.num_episodes, args.seed)
-        task_key = zlib.crc32(f"{task}/{split}".encode())
-        seeds = [int(np.random.SeedSequence([args.seed, task_key, i]).generate_state(1)[0]) for i in ids.tolist()]
+        seeds = [zlib.crc32(f"{args.seed} {task} {split} {episode_id}".encode()) for episode_id in ids]
         if args.policy == "model":
             if loaded != name:
-                path, loaded = found[name][0], name
-                model = load_vla(path, device, getattr(torch, args.dtype), value_head=False, trainable=False)
-                unnorm_key = only_key(model.norm_stats, arguments[name]["unnorm_key"])
+                model = load_vla(found[name][0], device, getattr(torch, args.dtype), value_head=False, trainable=False)
+                trained_key = {found[name][1].get("unnorm_key", "")} & set(model.norm_stats)
+                loaded, unnorm_key = name, choose_key(model.norm_stats, args.unnorm_key or "".join(trained_key))
             episodes, pack = decode(task, split, ids, config["fidelity"]), load_pack(config["assets"])
             digits = zip(episodes.template, episodes.object, episodes.plate, strict=True)
             texts = [instruction(t, pack.objects[o].name, pack.plates[p].name) for t, o, p in digits]
@@ -247,27 +236,24 @@ def main(args: Args) -> dict:
         record = {"dimension": dimension, "task": task, "split": split, "n": n, "k": k, "wilson": wilson(k, n)}
         for key in ("success_at_end", "success_once", "grasped", "held", "return"):
             record[key] = float(outcome[key].mean(dtype=np.float64))
-        record |= about | {"paper": {"sft": sft, "ppo": ppo} if config["assets"] == "bridge" else {}}
-        record |= {"minutes": (time.time() - start) / 60, "arguments": arguments[name], "episode_ids": ids.tolist()}
-        write_json(files[name, row], record | {"success": outcome["success_at_end"].astype(int).tolist()})
+        record |= about | {"arguments": arguments[name], "minutes": (time.time() - start) / 60}
+        record |= {"episode_ids": ids.tolist(), "success": outcome["success_at_end"].astype(int).tolist()}
+        record["paper"] = {"sft": sft, "ppo": ppo} if config["assets"] == "bridge" else {}
+        write_json(files[name, row], record)
     bar.close()
     if todo:
         envs.close()
 
     # --- results of all policies ---
-    policies = {}
-    for name in names:
-        records = {row[0]: json.loads(files[name, row[0]].read_text()) for row in rows}
-        policies[name] = {"checkpoint": found[name][0] if found else "", "rows": records}
-        policies[name]["dimensions"] = means = dimension_means(records)
+    records = {name: {row[0]: json.loads(files[name, row[0]].read_text()) for row in rows} for name in names}
+    policies = {name: {"checkpoint": found[name][0] if found else "", "rows": records[name]} for name in names}
+    for name, policy in policies.items():
+        policy["dimensions"] = means = dimension_means(records[name])
         print(f"{name}: success at end", *(f"{key} {mean['success_at_end']:.3f}" for key, mean in means.items()))
-    first, *others = [(name, policy["rows"]) for name, policy in policies.items()]
-    tests = [{"a": first[0], "b": name, "tests": compare(first[1], records)} for name, records in others]
-    results = {"config": config, "policies": policies, "comparisons": tests}
-    write_json(output / "results.json", results)
+    tests = [{"a": names[0], "b": name, "tests": compare(records[names[0]], records[name])} for name in names[1:]]
+    write_json(output / "results.json", {"config": config, "policies": policies, "comparisons": tests})
     make(output)
     print(f"wrote {output}/report.md, figure.png, results.json, videos/")
-    return results
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ All of it is a function of `results.json` (fields: docs/eval_ood.md), so a repor
 python -m common.report results/NAME
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -22,9 +20,8 @@ OOD = ("vision", "semantics", "execution")
 DIMENSIONS = {"id": "ID", "vision": "Vision", "semantics": "Semantics", "execution": "Execution", "ood": "all OOD"}
 MEMBERS = {name: OOD if name == "ood" else (name,) for name in DIMENSIONS}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito, colour-blind safe
-PAPER_COLOURS = {"sft": "0.6", "ppo": "0.15"}
-PROTOCOL = {"image_size": [640, 480], "sim_freq": 500, "solver_iterations": 15, "max_episode_steps": 80,
-            "fidelity": "published"}  # the study's (Liu et al. 2025): the report says where a run differs
+PAPERS = {"sft": "0.6", "ppo": "0.15"}  # columns of the study (Liu et al. 2025) and their greys
+PROTOCOL = dict(image_size=[640, 480], sim_freq=500, solver_iterations=15, max_episode_steps=80, fidelity="published")
 
 
 # --- statistics ---
@@ -57,7 +54,7 @@ def compare(rows_a: dict, rows_b: dict) -> list[dict]:
     counted within rows and summed, which is exact because every row has probability 1/2 under equality. p_holm is
     adjusted over the rows and, apart, over the dimensions. ValueError if the two saw different episodes.
     """
-    counts: dict[str, dict[str, tuple[int, int, int]]] = {"task": {}, "dimension": {}}
+    counts: dict[str, dict[str, tuple]] = {"task": {}, "dimension": {}}
     for name, a in rows_a.items():
         if a["episode_ids"] != rows_b[name]["episode_ids"]:
             raise ValueError(f"{name}: different episode ids; a paired test needs the same: run both with one --seed")
@@ -72,25 +69,25 @@ def compare(rows_a: dict, rows_b: dict) -> list[dict]:
         p_values = [mcnemar(only_a, only_b) for only_a, only_b, _ in items.values()]
         for (name, (only_a, only_b, n)), p, p_holm in zip(items.items(), p_values, holm(p_values), strict=True):
             difference, low, high = paired_difference(only_a, only_b, n)
-            tests.append(dict(kind=kind, name=name, n=n, only_a=only_a, only_b=only_b, difference=difference, low=low,
-                              high=high, p=p, p_holm=p_holm, significant=p_holm < 0.05))
+            test = dict(kind=kind, name=name, n=n, only_a=only_a, only_b=only_b, difference=difference)
+            tests.append(test | dict(low=low, high=high, p=p, p_holm=p_holm, significant=p_holm < 0.05))
     return tests
 
 
 def dimension_means(rows: dict) -> dict[str, dict]:
     """Unweighted means over the rows of each dimension and, as "ood", over all rows but in_distribution.
 
-    Returns {dimension: {success_at_end, wilson (of the pooled counts: conservative when rows differ), k, n, rows (how many),
-    drop (own ID minus this; None without an ID row), paper (means of {"sft", "ppo"}; empty without)}}.
+    Returns {dimension: {rows (how many), k, n, success_at_end, wilson (of the pooled counts: conservative when rows
+    differ), drop (own ID minus this; None for ID or without it), paper (means of {"sft", "ppo"}; empty without)}}.
     """
     means: dict[str, dict] = {}
     for name, members in MEMBERS.items():
         if group := [row for row in rows.values() if row["dimension"] in members]:
             k, n = sum(row["k"] for row in group), sum(row["n"] for row in group)
             mean = float(np.mean([row["success_at_end"] for row in group]))
-            paper = {key: float(np.mean([row["paper"][key] for row in group])) for key in group[0]["paper"]}
             drop = means["id"]["success_at_end"] - mean if "id" in means else None
-            means[name] = dict(success_at_end=mean, wilson=wilson(k, n), k=k, n=n, rows=len(group), drop=drop, paper=paper)
+            means[name] = dict(rows=len(group), k=k, n=n, success_at_end=mean, wilson=wilson(k, n), drop=drop)
+            means[name]["paper"] = {k: float(np.mean([row["paper"][k] for row in group])) for k in group[0]["paper"]}
     return means
 
 
@@ -99,8 +96,7 @@ def report_text(results: dict) -> str:
     """The report as Markdown: the paper's table, drops, details per policy, paired comparisons, protocol."""
     policies, config = list(results["policies"].values()), results["config"]
     rows, dimensions = policies[0]["rows"], policies[0]["dimensions"]
-    papers = list(next(iter(dimensions.values()))["paper"])
-    table = []
+    papers, table = list(next(iter(rows.values()))["paper"]), []
     for name, row in rows.items():
         table.append([DIMENSIONS[row["dimension"]], _words(name), *_cells([p["rows"][name] for p in policies], papers)])
     for name in list(dimensions)["id" in dimensions :]:  # "id" comes first
@@ -111,8 +107,7 @@ def report_text(results: dict) -> str:
             drops += [dimensions["id"]["paper"][key] - means[0]["paper"][key] for key in papers]
             table.append(["", "drop against own ID, points", *(f"{100 * drop:.1f}" for drop in drops)])
     head = ["dimension", "task", *results["policies"], *(f"paper {key.upper()}" for key in papers)]
-    text = f"""\
-# Generalisation benchmark, asset pack `{config["assets"]}`
+    text = f"""# Generalisation benchmark, asset pack `{config["assets"]}`
 
 Success at the last step [Wilson 95 % interval]; {config["num_episodes"]} episodes per task. Means are unweighted over
 tasks; their intervals are Wilson's on the pooled episodes.
@@ -122,18 +117,16 @@ tasks; their intervals are Wilson's on the pooled episodes.
 """
     if papers:
         differs = [f"{key} {config[key]} (paper {value})" for key, value in PROTOCOL.items() if config[key] != value]
-        text += "\nPaper: OpenVLA-7B, SFT on 16,384 demos and PPO, 192 unpaired episodes per task, temperature 0.6, GPU "
-        text += f"simulation. This run: {'; '.join(differs) or 'same image size, physics rates and steps'}.\n"
-    head = ["task", "k/n", "success at end", "success once", "grasped", "held 5 steps", "return", "minutes"]
-    keys = ("success_at_end", "success_once", "grasped", "held", "return")
+        text += "\nPaper: OpenVLA-7B, SFT on 16,384 demos, PPO; 192 unpaired episodes, temperature 0.6, GPU simulation."
+        text += f" This run: {'; '.join(differs) or 'same image size, physics rates and steps'}.\n"
+    keys = ("success_at_end", "success_once", "grasped", "held", "return", "minutes")
     for name, policy in results["policies"].items():
-        table = [[_words(n), f"{r['k']}/{r['n']}", *(f"{r[key]:.3f}" for key in keys), f"{r['minutes']:.1f}"]
-                 for n, r in policy["rows"].items()]
-        text += f"\n## {name}\n\n`{policy['checkpoint'] or config['policy']}`\n\n{_table(head, table)}"
-    for comparison in results["comparisons"]:
-        a, b, table = comparison["a"], comparison["b"], []
-        head = ["", "", "difference, points", f"only {a}", f"only {b}", "p", "p, Holm", "significant"]
-        for t in comparison["tests"]:
+        table = [[_words(n), f"{r['k']}/{r['n']}", *(f"{r[k]:.3f}" for k in keys)] for n, r in policy["rows"].items()]
+        table = _table(["task", "k/n", *map(_words, keys)], table)
+        text += f"\n## {name}\n\n`{policy['checkpoint'] or config['policy']}`\n\n{table}"
+    for a, b, tests in ((c["a"], c["b"], c["tests"]) for c in results["comparisons"]):
+        table, head = [], ["", "", "difference, points", f"only {a}", f"only {b}", "p", "p, Holm", "significant"]
+        for t in tests:
             points = f"{100 * t['difference']:+.1f} [{100 * t['low']:+.1f}, {100 * t['high']:+.1f}]"
             marks = [f"{t['p']:.2g}", f"{t['p_holm']:.2g}", "**yes**" if t["significant"] else "no"]
             table.append([t["kind"], _words(t["name"]), points, t["only_a"], t["only_b"], *marks])
@@ -155,7 +148,7 @@ def _words(name: str) -> str:
 
 
 def _cells(entries: list[dict], papers: list[str]) -> list[str]:
-    cells = [f"{entry['success_at_end']:.3f} [{entry['wilson'][0]:.3f}, {entry['wilson'][1]:.3f}]" for entry in entries]
+    cells = ["{:.3f} [{:.3f}, {:.3f}]".format(entry["success_at_end"], *entry["wilson"]) for entry in entries]
     return cells + [f"{entries[0]['paper'][key]:.3f}" for key in papers]
 
 
@@ -184,12 +177,12 @@ def figure(results: dict) -> Figure:
         for number, where in zip(value, at, strict=True):
             bars.text(1.03, where, f"{number:.2f}", va="center", fontsize=8)
     for key in papers:
-        bars.scatter([row["paper"][key] for row in rows.values()], y, 150, PAPER_COLOURS[key], "|", linewidths=2.5,
-                     label=f"paper {key.upper()}", zorder=3)
+        value, style = [row["paper"][key] for row in rows.values()], dict(marker="|", linewidths=2.5, zorder=3)
+        bars.scatter(value, y, 150, PAPERS[key], label=f"paper {key.upper()}", **style)
     for i in starts:
         bars.text(0, y[i] - 0.55, f" {DIMENSIONS[labels[i]]}", weight="bold", va="bottom")
-    bars.set(xlim=(0, 1.1), ylim=(y[-1] + 0.7, y[0] - 1.3), xlabel="success at the last step, Wilson 95 % interval",
-             xticks=np.linspace(0, 1, 6), yticks=y, yticklabels=[_words(name) for name in rows])
+    bars.set(xlim=(0, 1.1), ylim=(y[-1] + 0.7, y[0] - 1.3), xlabel="success at the last step, Wilson 95 % interval")
+    bars.set(xticks=np.linspace(0, 1, 6), yticks=y, yticklabels=map(_words, rows))
     bars.spines[["top", "right"]].set_visible(False)
     bars.grid(axis="x", alpha=0.3)
     fig.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
@@ -200,7 +193,7 @@ def figure(results: dict) -> Figure:
             axes.plot(angles, values + values[:1], color=COLOURS[i % len(COLOURS)], linewidth=2)
             axes.fill(angles, values + values[:1], color=COLOURS[i % len(COLOURS)], alpha=0.08)
         for key in papers:
-            axes.plot(angles, [dimensions[d]["paper"][key] for d in (*OOD, OOD[0])], "--", color=PAPER_COLOURS[key])
+            axes.plot(angles, [dimensions[d]["paper"][key] for d in (*OOD, OOD[0])], "--", color=PAPERS[key])
         numbers = [" / ".join(f"{value:.2f}" for value in values) for values in zip(*curves, strict=True)]
         axes.set_xticks(angles[:3] % (2 * np.pi), [f"{DIMENSIONS[d]}\n{n}" for d, n in zip(OOD, numbers, strict=True)])
         axes.tick_params(axis="x", pad=18)
