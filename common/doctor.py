@@ -36,14 +36,17 @@ def check_renderer(backend: str = "cpu", picture: bool = False) -> str:
     """
     if backend not in FIXES:
         raise ValueError(f"backend = {backend!r} is unknown; use one of {list(FIXES)}")
-    command = [sys.executable, "-c", PROBE, backend, "picture" if picture else "device"]
+    command, seconds = (
+        [sys.executable, "-c", PROBE, backend, "picture" if picture else "device"],
+        300 if picture else 60,
+    )
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        child = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
         if child.returncode == 0 and "GPU: " in child.stdout:
             return child.stdout.split("GPU: ")[-1].splitlines()[0]
         why = f"exit status {child.returncode}: {(child.stderr.strip() or 'no message').splitlines()[-1]}"
     except subprocess.TimeoutExpired:
-        why = "no answer in 60 s"
+        why = f"no answer in {seconds} s"
     raise RuntimeError(f"renderer {backend!r} fails here ({why}); a Vulkan driver must open it; {FIXES[backend]}")
 
 
@@ -105,15 +108,15 @@ CHECKS = [  # name, check: returns what it found, or raises with the fix; does t
 ]
 
 
-def main(status: int = 0) -> int:
+def main(missing: int = 0) -> int:
     """Print one line per check; return 1 when something that the default demo needs is missing."""
     for name, check, needed in CHECKS:
         try:
-            print(f"ok       {name:17} {check()}", flush=True)
-        except Exception as error:  # any failure of a check is a finding: print it with its fix and go on
-            status |= needed
-            print(f"{'MISSING ' if needed else 'optional'} {name:17} {type(error).__name__}: {error}", flush=True)
-    return status
+            line = f"ok       {name:17} {check()}"
+        except Exception as error:  # any failure of a check is a finding: say it with its fix and go on
+            line, missing = f"{'MISSING ' if needed else 'optional'} {name:17} {error!r}", missing | needed
+        print(line, flush=True)
+    return missing
 
 
 if __name__ == "__main__":
