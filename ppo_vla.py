@@ -303,6 +303,8 @@ def main(args: Args):
         state = runs.load_training_state(checkpoint, device)
         optimizer.load_state_dict(state["optimizer"])
         progress = state["progress"]
+        for parameter in model.parameters():  # off the file's memory map: unaligned, kernels may round differently
+            parameter.data = parameter.data.clone()
 
     # --- environments, logger, checkpoints, evaluation ---
     num_envs = args.num_envs // world_size
@@ -343,7 +345,7 @@ def main(args: Args):
     for iteration in range(progress["iteration"] + 1, args.num_iterations + 1):
         # --- rollout ---
         start = time.time()
-        rngs = [np.random.default_rng([args.seed, iteration, number]) for number in env_numbers]
+        rngs = [np.random.default_rng((args.seed, iteration, number)) for number in env_numbers]
         generators = [torch.Generator().manual_seed(int(rng.integers(2**62))) for rng in rngs]
         images, instructions = envs.reset(np.concatenate([training_ids(args.task, args.split, 1, rng) for rng in rngs]))
         obs, texts, tokens, episodes = [], [], [], []
@@ -368,8 +370,7 @@ def main(args: Args):
             last_values = torch.zeros(num_envs, device=device) if ended.all() else model.value(images, instructions)
         advantages, returns = gae(rewards, values, dones, last_values, args.gamma, args.gae_lambda)
         all_advantages, all_values, all_returns = runs.gather_envs(advantages, values, returns)  # of all ranks
-        if args.norm_adv:
-            advantages = normalize(advantages, all_advantages.to(device))
+        advantages = normalize(advantages, all_advantages.to(device)) if args.norm_adv else advantages
         rollout_s = time.time() - start
 
         # --- update ---
@@ -394,9 +395,13 @@ def main(args: Args):
         parts = [part for rank_episodes in runs.gather_over_ranks(episodes) for part in rank_episodes]
         metrics |= {f"train/{name}": np.concatenate([part[name] for part in parts]).mean() for name in EPISODE_METRICS}
         metrics["losses/explained_variance"] = 1 - (all_returns - all_values).var() / all_returns.var()
-        metrics |= {"charts/iteration": iteration, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
-        metrics |= {"time/rollout_s": rollout_s, "time/update_s": update_s}
-        metrics |= {"charts/SPS": batch_size / (rollout_s + update_s), **logs.peak_memory()}
+        metrics |= {
+            "charts/iteration": iteration,
+            "charts/SPS": batch_size / (rollout_s + update_s),
+            **logs.peak_memory(),
+        }
+        learning_rate = optimizer.param_groups[0]["lr"]
+        metrics |= {"charts/learning_rate": learning_rate, "time/rollout_s": rollout_s, "time/update_s": update_s}
 
         # --- evaluation, log, checkpoint ---
         progress["iteration"], last = iteration, iteration == args.num_iterations
@@ -413,8 +418,11 @@ def main(args: Args):
     logger.close()
     panels = [["train/success_at_end", f"eval/{args.task}/success_at_end"], ["train/return"], ["losses/approx_kl"]]
     if rank == 0:
-        steps = progress["iteration"] * batch_size
-        print(logs.summary(run_dir, steps, progress["seconds"], progress["evaluations"], panels))
+        print(
+            logs.summary(
+                run_dir, progress["iteration"] * batch_size, progress["seconds"], progress["evaluations"], panels
+            )
+        )
 
 
 if __name__ == "__main__":

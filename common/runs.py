@@ -194,5 +194,6 @@ def require_float32(shape, **tensors):
 def stop_non_finite(run_dir, what, batch, rows):
     """Saves these rows of the batch (dict of tensors, arrays, lists) for inspection and raises FloatingPointError."""
     path = Path(run_dir) / "nonfinite_batch.pt"
-    torch.save({key: [values[row] for row in rows.tolist()] for key, values in batch.items()}, path)
+    lists = {key: [values[row] for row in rows.tolist()] for key, values in batch.items() if isinstance(values, list)}
+    torch.save({key: torch.as_tensor(batch[key])[rows] for key in batch.keys() - lists.keys()} | lists, path)
     raise FloatingPointError(f"the {what} is not finite; the batch is in {path}, the last checkpoint is not affected")
