@@ -11,7 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 
 PROBE = """
 import sys, sapien
-system = sapien.render.RenderSystem(sapien.Device(sys.argv[1]))
+system = sapien.render.RenderSystem(sapien.Device("cuda" if sys.argv[1] == "gpu" else "cpu"))
 if sys.argv[2] == "picture":  # a red box, drawn and read back
     scene = sapien.Scene([sapien.physx.PhysxCpuSystem(), system])
     scene.create_actor_builder().add_box_visual(half_size=[0.5] * 3, material=[1, 0, 0]).build_static()
@@ -23,7 +23,7 @@ print("GPU:", system.device.name if system.device.is_cuda() else sapien.render.g
 """
 FIXES = {  # by backend
     "cpu": "`make setup`, or install Mesa's software Vulkan >= 24.3 (Debian packages mesa-vulkan-drivers, libvulkan1)",
-    "cuda": "install the NVIDIA driver's Vulkan part (in a container: NVIDIA_DRIVER_CAPABILITIES=all)",
+    "gpu": "install the NVIDIA driver's Vulkan part (in a container: NVIDIA_DRIVER_CAPABILITIES=all)",
 }
 
 
@@ -31,7 +31,7 @@ FIXES = {  # by backend
 def check_renderer(backend: str = "cpu", picture: bool = False) -> str:
     """Open SAPIEN's renderer in a child process, where a crash of the Vulkan driver is an answer.
 
-    Args: backend "cpu" (software Vulkan) or "cuda"; picture: draw and check one too (4 s, not 0.4 s).
+    Args: backend "cpu" (software Vulkan) or "gpu"; picture: draw and check one too (4 s, not 0.4 s).
     Returns the renderer's name; raises RuntimeError naming value, rule and fix.
     """
     if backend not in FIXES:
@@ -48,10 +48,10 @@ def check_renderer(backend: str = "cpu", picture: bool = False) -> str:
 
 
 def renderer_backend() -> str:
-    """Return "cuda" when there is an NVIDIA GPU that can render, else "cpu"; says so when the GPU cannot."""
+    """Return "gpu" when there is an NVIDIA GPU that can render, else "cpu"; says so when the GPU cannot."""
     if shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0:
         try:
-            return check_renderer("cuda") and "cuda"
+            return check_renderer("gpu") and "gpu"
         except RuntimeError as error:
             print(error, file=sys.stderr)
     return "cpu"
@@ -66,7 +66,7 @@ def _torch() -> str:
 
 def _simulator() -> str:
     backend = renderer_backend()
-    physics = "physx_cuda, one batched simulation" if backend == "cuda" else "physx_cpu, worker processes"
+    physics = "physx_cuda, one batched simulation" if backend == "gpu" else "physx_cpu, worker processes"
     mesa = subprocess.getoutput("dpkg-query --show --showformat '${Version}' mesa-vulkan-drivers")
     return f"ManiSkill {version('mani_skill')}, {physics}; {check_renderer(backend, picture=True)}; Mesa {mesa}"
 

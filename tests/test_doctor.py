@@ -63,7 +63,7 @@ def test_a_hang_is_an_answer(monkeypatch):
 
 def test_unknown_backend():
     """Stops a typing error from being reported as a broken driver."""
-    with pytest.raises(ValueError, match=r"'vulkan'.*\['cpu', 'cuda'\]"):
+    with pytest.raises(ValueError, match=r"'vulkan'.*\['cpu', 'gpu'\]"):
         doctor.check_renderer("vulkan")
 
 
