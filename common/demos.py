@@ -49,16 +49,17 @@ class Args:
     num_envs: int = 16  # simulated at once; also the size of a part file
     num_workers: int = 0  # simulator processes; 0 = one per core
     hold_steps: int = 4  # steps stored after the expert is done, so that a policy learns to rest
-    action_noise: float = 0.0  # m (10 times it in rad of yaw): std added to what is executed; labels stay clean
+    action_noise: float = 0.0  # m (10 times it in rad of yaw): std of what disturbs execution; labels stay clean
+    noise_probability: float = 0.15  # of a step being disturbed: rare, visible pushes, not constant jitter
     image_format: Literal["jpeg", "png"] = "jpeg"  # jpeg: quality 95
 
 
-def rollout(envs, expert, episode_ids, encode, action_noise=0.0, rng=None):
+def rollout(envs, expert, episode_ids, encode, noise=(0.0, 1.0), rng=None):
     """Run the expert for one batch of whole episodes.
 
-    Args: episode_ids (N,) int64; encode: image (H, W, 3) uint8 -> stored frame; action_noise in metres, from `rng`.
+    Args: episode_ids (N,) int64; encode: image (H, W, 3) uint8 -> stored frame; noise: metres and probability, by rng.
     Returns a dict: frames N lists of T + 1, actions (executed) and labels (N, T, 7), success (N, T) bool, rewards
-    (N, T), done_at (N,) first step after which the expert rested (T if never), instructions, steps.
+    (N, T), done_at (N,) first step at which the expert rested (T if never), instructions.
     """
     images, instructions = envs.reset(episode_ids)
     expert.reset()
@@ -68,8 +69,9 @@ def rollout(envs, expert, episode_ids, encode, action_noise=0.0, rng=None):
         label = expert.act(envs.privileged_state())
         done.append(expert.done)
         action = label.copy()
-        if action_noise:
-            action[:, [0, 1, 2, 5]] += rng.normal(size=(len(label), 4)) * action_noise * np.array([1, 1, 1, 10])
+        if noise[0]:
+            pushed = rng.random((len(label), 1)) < noise[1]
+            action[:, [0, 1, 2, 5]] += pushed * rng.normal(size=(len(label), 4)) * noise[0] * np.array([1, 1, 1, 10])
         images, reward, _, infos = envs.step(action)
         for i, image in enumerate(images):
             frames[i].append(encode(image))
@@ -149,7 +151,8 @@ def _record_parts(args, settings, counts, seen, parts):
         while len(seen) < args.num_demos:
             rng = np.random.default_rng([args.seed, counts["batches"]])  # a batch's number fixes its episodes
             ids = training_ids(*task, args.num_envs, rng)
-            batch = rollout(envs, expert, ids, lambda x: encode_image(x, args.image_format), args.action_noise, rng)
+            noise = args.action_noise, args.noise_probability
+            batch = rollout(envs, expert, ids, lambda x: encode_image(x, args.image_format), noise, rng)
             lengths = np.minimum(batch["done_at"] + args.hold_steps, args.max_episode_steps)
             success = batch["success"][rows, lengths - 1] & batch["success"][:, -1]
             counts["batches"] += 1
@@ -175,8 +178,7 @@ def _record_parts(args, settings, counts, seen, parts):
         bar.close()
         envs.close()
     minutes, new = (time.time() - start) / 60, len(seen) - old
-    rejected = f"rejected {counts['rejected']} of {counts['attempted']} episodes"
-    print(f"{new} demonstrations in {minutes:.1f} min ({new / minutes:.0f} per minute); {rejected}")
+    print(f"{new} demonstrations in {minutes:.1f} min; rejected {counts['rejected']} of {counts['attempted']} episodes")
     return paths
 
 

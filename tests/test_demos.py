@@ -147,13 +147,16 @@ def test_an_interrupted_recording_goes_on(tmp_path):
 
 def test_noise_is_executed_but_not_imitated(tmp_path):
     """Stops noisy labels: with action noise the stored label is the expert's clean answer to the disturbed state."""
-    record(Args(output=str(tmp_path), **ARGS | {"num_demos": 2, "num_envs": 2}, action_noise=0.005))
+    record(
+        Args(output=str(tmp_path), **ARGS | {"num_demos": 2, "num_envs": 2}, action_noise=0.02, noise_probability=0.25)
+    )
     labels = load_demos(tmp_path).actions
     with h5py.File(tmp_path / "trajectory.h5") as file:
         executed = np.concatenate([file[f"traj_{k}/actions"][:] for k in range(2)])
     assert values(labels[:, :3]) <= {0.0, *STEP_M}
     difference = executed - labels
-    assert 0.002 < difference[:, :3].std() < 0.01 and 0.02 < difference[:, 5].std() < 0.1
+    pushed = difference.any(axis=1)
+    assert 0.05 < pushed.mean() < 0.5 and 0.01 < difference[pushed, :3].std() < 0.04
     assert not difference[:, [3, 4, 6]].any()
 
 
