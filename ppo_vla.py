@@ -319,9 +319,7 @@ def main(args: Args):
     if rank == 0:
         sizes = ", ".join(f"{sum(p.numel() for p in group) / 1e6:.2f} M {name}" for name, group in params.items())
         print(f"{run_dir} | {checkpoint or model_name} on {device}, {args.dtype}, trains {sizes} weights")
-        print(
-            f"{args.num_envs} environments, {args.sim_device} simulation, {args.assets} pack, {args.image_size} pixels"
-        )
+        print(f"{args.num_envs} environments {args.image_size}, {args.assets} pack, {args.sim_device} simulation")
         runs.stop_on_signals(f"the last checkpoint is kept, continue with: python {sys.argv[0]} --resume {run_dir}")
 
     def save(kind):
@@ -395,13 +393,9 @@ def main(args: Args):
         parts = [part for rank_episodes in runs.gather_over_ranks(episodes) for part in rank_episodes]
         metrics |= {f"train/{name}": np.concatenate([part[name] for part in parts]).mean() for name in EPISODE_METRICS}
         metrics["losses/explained_variance"] = 1 - (all_returns - all_values).var() / all_returns.var()
-        metrics |= {
-            "charts/iteration": iteration,
-            "charts/SPS": batch_size / (rollout_s + update_s),
-            **logs.peak_memory(),
-        }
-        learning_rate = optimizer.param_groups[0]["lr"]
-        metrics |= {"charts/learning_rate": learning_rate, "time/rollout_s": rollout_s, "time/update_s": update_s}
+        metrics |= {"charts/iteration": iteration, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
+        metrics |= {"charts/SPS": batch_size / (rollout_s + update_s), **logs.peak_memory()}
+        metrics |= {"time/rollout_s": rollout_s, "time/update_s": update_s}
 
         # --- evaluation, log, checkpoint ---
         progress["iteration"], last = iteration, iteration == args.num_iterations
@@ -418,11 +412,8 @@ def main(args: Args):
     logger.close()
     panels = [["train/success_at_end", f"eval/{args.task}/success_at_end"], ["train/return"], ["losses/approx_kl"]]
     if rank == 0:
-        print(
-            logs.summary(
-                run_dir, progress["iteration"] * batch_size, progress["seconds"], progress["evaluations"], panels
-            )
-        )
+        done = run_dir, progress["iteration"] * batch_size, progress["seconds"], progress["evaluations"]
+        print(logs.summary(*done, panels))
 
 
 if __name__ == "__main__":
