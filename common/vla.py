@@ -301,6 +301,8 @@ def load_vla(
         settings["separate_critic"] = separate_critic
     if settings["value_input"] not in ("h0", "hn", "concat"):
         raise ValueError(f"value_input is {value_input!r}; use 'h0', 'hn' or 'concat'")
+    if settings["separate_critic"] and settings["value_input"] != "h0":
+        raise ValueError(f"separate_critic reads h0 of the prompt, not value_input = {value_input!r}; drop one of them")
     masters = trainable and not lora_rank and (adapter is None or merge_adapter)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

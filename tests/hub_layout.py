@@ -12,9 +12,9 @@ FIXTURES = Path(__file__).parent / "fixtures"
 # Llama-2's pieces and ids for the reference prompts
 PIECES = {
     "<unk>": 0, "<s>": 1, "</s>": 2, "\n": 13, "▁the": 278, "▁to": 304, "▁on": 373, "▁In": 512, "▁sp": 805,
-    "▁should": 881, "▁pe": 1236, "▁car": 1559, "▁What": 1724, "▁put": 1925, "▁take": 2125, "pper": 2496, "▁action": 3158,
-    "▁light": 3578, "Out": 3744, "rot": 5450, "oon": 6150, "▁blue": 7254, "▁yellow": 13328, "▁plate": 15284,
-    "▁robot": 19964, "wel": 20466, "▁bell": 22623, "▁": 29871, ":": 29901, "?": 29973, "<PAD>": 32000,
+    "▁should": 881, "▁pe": 1236, "▁car": 1559, "▁What": 1724, "▁put": 1925, "▁take": 2125, "pper": 2496,
+    "▁action": 3158, "▁light": 3578, "Out": 3744, "rot": 5450, "oon": 6150, "▁blue": 7254, "▁yellow": 13328,
+    "▁plate": 15284, "▁robot": 19964, "wel": 20466, "▁bell": 22623, "▁": 29871, ":": 29901, "?": 29973, "<PAD>": 32000,
 }  # fmt: skip
 
 

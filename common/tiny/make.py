@@ -58,6 +58,7 @@ def main(folder: Path = Path(__file__).parent) -> None:
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "max_position_embeddings": 256,
+            "initializer_range": 0.08,  # about 1 / sqrt(hidden_size); with 0.02 this width hardly starts to learn
             "pad_token_id": BASE,
         },
         "value_head": [128, 64],
