@@ -35,4 +35,5 @@ lock: setup
 
 # the environment and caches; never runs/ or checkpoints/
 clean:
-	rm -rf $(VENV) build ./*.egg-info .pytest_cache .ruff_cache && find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf $(VENV) build ./*.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

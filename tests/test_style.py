@@ -49,11 +49,13 @@ def test_budgets():
 
 
 def test_line_length():
-    """Stops lines that a reader must scroll sideways; ruff checks Python only where `noqa` does not hide it."""
+    """Stops lines that a reader must scroll sideways, outside Python too and behind a `noqa`."""
     paths = [
         path for path in tracked_files() if path.suffix in {".py", ".sh", ".toml", ".yaml"} or path.name == "Makefile"
     ]
-    long = [f"{path}:{number}" for path in paths for number, line in enumerate(lines(path), 1) if len(line) > 120]
+    pragma = re.compile(r" *# (fmt: skip|noqa.*)$")
+    long = [f"{path.name}:{number}" for path in paths for number, line in enumerate(lines(path), 1)
+            if len(pragma.sub("", line)) > 120]  # fmt: skip
     assert not long
 
 
@@ -164,6 +166,8 @@ def commands():
 
 def check_command(words):
     """Return why the command cannot work, or None: the script exists and its Args accept the flags."""
+    if "-c" in words[:2]:
+        return None
     if "-m" in words[:2]:
         name = words[2]
         known = importlib.util.find_spec(name)
