@@ -84,9 +84,9 @@ def find_model(checkpoint: str) -> tuple[str, dict]:
         path = max(path.glob("best-[0-9]*"), default=max(path.glob("checkpoint-[0-9]*"), default=Path()))
     if checkpoint != "tiny" and not (path.is_dir() and path.name):
         raise FileNotFoundError(f"--checkpoint {checkpoint}: not tiny, a model, or a run with best-N or checkpoint-N")
-    if (path / "training_state.pt").is_file():
-        return str(path), torch.load(path / "training_state.pt", weights_only=True, mmap=True)["args"]
-    settings = path / "args.json"  # beside weights without a training state
+    state, settings = path / "training_state.pt", path / "args.json"  # the latter beside weights without the former
+    if state.is_file():
+        return str(path), json.loads(json.dumps(torch.load(state, weights_only=True, mmap=True)["args"]))
     return str(path), json.loads(settings.read_text()) if settings.is_file() else {}
 
 

@@ -81,10 +81,10 @@ def test_evaluation_never_imports_training_code():
 # --- settings ---
 def test_settings_flag_then_checkpoint_then_default():
     """Stops an evaluation in another simulation than the training's, and unequal settings of paired checkpoints."""
-    small, large = {"image_size": [320, 240], "sim_freq": 500, "lr": 1.0}, {"image_size": (640, 480)}
+    small, large = {"image_size": [320, 240], "sim_freq": 500, "lr": 1.0}, {"image_size": [640, 480]}
     chosen = eval_ood.environment(eval_ood.Args(sim_freq=100), [small])
     assert chosen == eval_ood.ENVIRONMENT | {"image_size": [320, 240], "sim_freq": 100}
-    with pytest.raises(ValueError, match=r"different image_size: \[\[320, 240\], \(640, 480\)\]; set it by its flag"):
+    with pytest.raises(ValueError, match=r"different image_size: \[\[320, 240\], \[640, 480\]\]; set it by its flag"):
         eval_ood.environment(eval_ood.Args(), [small, large])
     assert eval_ood.environment(eval_ood.Args(image_size=(64, 48)), [small, large])["image_size"] == [64, 48]
 
@@ -94,8 +94,9 @@ def test_find_model(tmp_path):
     assert eval_ood.find_model("tiny") == ("tiny", {})
     for name in ("checkpoint-000009", "best-000004", "best-000012", "videos"):
         (tmp_path / name).mkdir()
-    torch.save({"args": {"sim_freq": 500}, "optimizer": {}}, tmp_path / "best-000012" / "training_state.pt")
-    assert eval_ood.find_model(str(tmp_path)) == (str(tmp_path / "best-000012"), {"sim_freq": 500})
+    state = {"args": {"image_size": (64, 48)}, "optimizer": {}}  # a tuple here, a list in args.json: the same value
+    torch.save(state, tmp_path / "best-000012" / "training_state.pt")
+    assert eval_ood.find_model(str(tmp_path)) == (str(tmp_path / "best-000012"), {"image_size": [64, 48]})
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "args.json").write_text('{"sim_freq": 250}')
     assert eval_ood.find_model(str(tmp_path)) == (str(tmp_path), {"sim_freq": 250})

@@ -173,6 +173,17 @@ def test_report_and_figure_of_a_few_rows(rows):
     assert len(report.figure(results(["ppo"], [0.5])).axes) == 2
 
 
+def test_a_row_without_published_numbers(tmp_path):
+    """Stops a crash for one's own task, whose published numbers are NaN in `REPORT_ROWS`."""
+    some = results(["ppo"], [0.5])
+    rows = some["policies"]["ppo"]["rows"]
+    rows["mine"] = rows["unseen_position"] | {"paper": {"sft": math.nan, "ppo": math.nan}}
+    some["policies"]["ppo"]["dimensions"] = report.dimension_means(rows)
+    (tmp_path / "results.json").write_text(json.dumps(some))
+    report.make(tmp_path)
+    assert "| Execution | mine |" in (tmp_path / "report.md").read_text()
+
+
 def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
     """Stops a half-written result after a kill or a full disk."""
     path = tmp_path / "results.json"
