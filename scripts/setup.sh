@@ -10,6 +10,7 @@ PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
 STAMP=$VENV/.cleanvla-setup
 LOG=$VENV/setup.log
+APT=/etc/apt
 MESA_MIN=24.3
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -17,7 +18,7 @@ say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
 can_render() { # opens the renderer that the environment would use; prints which, or why not
-  "$VENV/bin/python" -c 'from common.doctor import *; backend = renderer_backend(); print(backend, check_renderer(backend))' 2>&1 |
+  "$VENV/bin/python" -c 'from common import doctor as d; b = d.renderer_backend(); print(b, d.check_renderer(b))' 2>&1 |
     tail -n 1
 }
 nvidia_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
@@ -27,7 +28,7 @@ apt_updated=""
 apt_get() {
   local sudo=()
   if [ "$(id -u)" -ne 0 ]; then
-    command -v sudo >/dev/null || die "'apt-get $*' needs root and there is no sudo; run it as root, then run this again"
+    command -v sudo >/dev/null || die "'apt-get $*' needs root, and there is no sudo; run it as root, then try again"
     sudo=(sudo)
   fi
   "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o=Dpkg::Use-Pty=0 "$@" >/dev/null
@@ -50,33 +51,40 @@ mesa_candidate_ok() { # is the version that apt would install ($@: options) new 
   [ -n "$version" ] && dpkg --compare-versions "$version" ge "$MESA_MIN"
 }
 add_backports() { # adds the suite <codename>-backports, from wherever this machine already takes its Debian packages
-  local suite=$1 release=$2 target text="" file
-  for file in /etc/apt/sources.list.d/*.sources /etc/apt/sources.list /etc/apt/sources.list.d/*.list; do
+  local suite=$1 release=$2 target text="" file suites
+  for file in "$APT"/sources.list.d/*.sources "$APT"/sources.list "$APT"/sources.list.d/*.list; do
     [ -f "$file" ] || continue
     case $file in
       *.sources) # deb822: the first stanza that names the release, with only its suite and components changed
-        target=/etc/apt/sources.list.d/cleanvla-backports.sources
-        text=$(awk -v RS= -v release="$release" '$0 ~ "(^|\n)Types:[^\n]*deb" && $0 ~ "(^|\n)Suites:([^\n]*[ \t])?" release "([ \t\n]|$)" {print; exit}' "$file" |
-          sed -e '/^#/d' -e "s/^Types:.*/Types: deb/" -e "s/^Suites:.*/Suites: $suite/" -e "s/^Components:.*/Components: main/") ;;
+        target=$APT/sources.list.d/cleanvla-backports.sources
+        suites="(^|\n)Suites:([^\n]*[ \t])?$release([ \t\n]|\$)"
+        text=$(awk -v RS= -v suites="$suites" '$0 ~ suites {print; exit}' "$file" |
+          sed -e '/^#/d' -e 's/^Types:.*/Types: deb/' -e "s/^Suites:.*/Suites: $suite/" \
+            -e 's/^Components:.*/Components: main/') ;;
       *) # one line: deb [options] uri suite components
-        target=/etc/apt/sources.list.d/cleanvla-backports.list
-        text=$(sed -nE "s/^[[:space:]]*deb[[:space:]]+((\[[^]]*\][[:space:]]+)?[^[:space:]]+)[[:space:]]+$release[[:space:]].*/deb \1 $suite main/p" "$file" | head -n 1) ;;
+        target=$APT/sources.list.d/cleanvla-backports.list
+        text=$(tr '\t' ' ' <"$file" | sed -nE "s/^ *deb +((\[[^]]*\] +)?[^ ]+) +$release .*/deb \1 $suite main/p" |
+          head -n 1) ;;
     esac
     [ -n "$text" ] && break
   done
-  [ -n "$text" ] || die "no apt source for $release found to copy; add the suite $suite to /etc/apt and run this again"
+  [ -n "$text" ] || die "no apt source for $release found to copy; add the suite $suite to $APT and run this again"
   say "adding the suite $suite as $target (copied from $file)"
-  if [ "$(id -u)" -eq 0 ]; then printf '%s\n' "$text" >"$target"; else printf '%s\n' "$text" | sudo tee "$target" >/dev/null; fi
+  local tee=(tee)
+  [ "$(id -u)" -eq 0 ] || tee=(sudo tee)
+  printf '%s\n' "$text" | "${tee[@]}" "$target" >/dev/null
   apt_updated=""; apt_update
 }
 install_mesa() {
-  command -v apt-get >/dev/null || die "no renderer works, and there is no apt-get here; install Mesa's software Vulkan (lavapipe) >= $MESA_MIN"
+  command -v apt-get >/dev/null ||
+    die "no renderer works, and there is no apt-get here; install Mesa's software Vulkan (lavapipe) >= $MESA_MIN"
   local reason="no GPU can render here" id codename suite
   apt_update
   if ! mesa_candidate_ok; then
     id=$(. /etc/os-release; echo "$ID"); codename=$(. /etc/os-release; echo "${VERSION_CODENAME:-}")
     suite=$codename-backports
-    [ "$id" = debian ] || die "the newest Mesa of this system is older than $MESA_MIN; use Debian 12 or Ubuntu 24.04 (with updates), or install a newer mesa-vulkan-drivers"
+    [ "$id" = debian ] ||
+      die "this system's Mesa is older than $MESA_MIN; use Debian 12 or Ubuntu 24.04, or a newer mesa-vulkan-drivers"
     mesa_candidate_ok -t "$suite" || add_backports "$suite" "$codename"
     mesa_candidate_ok -t "$suite" || die "the suite $suite has no mesa-vulkan-drivers >= $MESA_MIN"
     apt_install "$reason, and $codename's own Mesa is older than $MESA_MIN" -t "$suite" mesa-vulkan-drivers libvulkan1
@@ -94,7 +102,7 @@ started=$SECONDS
 missing=()
 command -v "$PYTHON" >/dev/null || { apt_install "no $PYTHON" python3 python3-venv; PYTHON=python3; }
 "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' ||
-  die "$("$PYTHON" --version) is not 3.11 or 3.12 (mani_skill's mplib has no wheel for others); name one: make setup PYTHON=python3.12"
+  die "$("$PYTHON" --version) is not 3.11 or 3.12 (mplib has wheels for no other); make setup PYTHON=python3.12"
 version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || missing+=("python$version-venv")
 command -v git >/dev/null || missing+=(git) # mani_skill imports GitPython, which wants it
@@ -107,7 +115,9 @@ if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
   "$PYTHON" -m venv --clear "$VENV"
 fi
 pip_install() { # what it prints goes to the log, and is shown when it fails
-  "$VENV/bin/python" -m pip install "$@" >"$LOG" 2>&1 || { tail -n 20 "$LOG" >&2; die "pip install $* failed; all of its output: $LOG"; }
+  "$VENV/bin/python" -m pip install "$@" >"$LOG" 2>&1 && return
+  tail -n 20 "$LOG" >&2
+  die "pip install $* failed; all of its output: $LOG"
 }
 
 # pip reads what a wheel needs without fetching the wheel only from 23.3 on, and Debian 12's is 23.0
@@ -121,7 +131,9 @@ if ! "$VENV/bin/python" -m pip show torch >/dev/null 2>&1; then
   if ! nvidia_gpu; then
     # The plain index has a CPU build for some platforms and set-ups: ask what it would install before leaving it.
     pip_install --quiet --dry-run --report "$VENV/torch.json" "$torch"
-    if grep -qE '"name": ?"(nvidia|cuda)-' "$VENV/torch.json"; then index=(--index-url https://download.pytorch.org/whl/cpu); fi
+    if grep -qE '"name": ?"(nvidia|cuda)-' "$VENV/torch.json"; then
+      index=(--index-url https://download.pytorch.org/whl/cpu)
+    fi
   fi
   say "installing $torch $(nvidia_gpu && echo 'for the NVIDIA GPU' || echo '(CPU build: no NVIDIA GPU found)')"
   pip_install "${index[@]}" "$torch"
