@@ -15,6 +15,7 @@ ppo_vla.py, grpo_vla.py and dpo_vla.py start. Departures from the paper, explain
 Sibling: ppo_vla.py. Here is no rollout and no advantage; an iteration is `num_updates` optimizer steps.
 """
 
+import math
 import os
 import sys
 import time
@@ -297,7 +298,7 @@ def main(args: Args):
         # --- update ---
         start, history = time.time(), []
         for number in range((iteration - 1) * args.num_updates, iteration * args.num_updates):
-            decay = 0.5 * (1 + np.cos(np.pi * number / last_update)) if args.lr_schedule == "cosine" else 1.0
+            decay = 0.5 * (1 + math.cos(math.pi * number / last_update)) if args.lr_schedule == "cosine" else 1.0
             lr = args.learning_rate * decay * min(1.0, (number + 1) / max(1, args.warmup_updates))
             optimizer.param_groups[0]["lr"] = lr
             history.append(update(model, optimizer, data, number, args, run_dir))
