@@ -182,10 +182,15 @@ def fill_backbone(backbone, source: Source, device, dtype) -> None:
         rename = functools.partial(re.sub, r"\.ls(\d)\.gamma$", r".ls\1.scale_factor")
         dead = functools.partial(is_dead, backbone)
         fill(backbone, dict(backbone.named_parameters()), source.weights, dtype, device, rename, dead)
-        llama = backbone.language_model.model  # its buffers are in no checkpoint
-        llama.rotary_emb = LlamaRotaryEmbedding(config=llama.config).to(device)
+        restore_rotary(backbone, device)
     else:
         cast_parameters(backbone.to(device), dtype)
+
+
+def restore_rotary(backbone, device) -> None:
+    """Rotary frequencies are buffers that no checkpoint holds: after a start on the meta device they must be made."""
+    llama = backbone.language_model.model
+    llama.rotary_emb = LlamaRotaryEmbedding(config=llama.config).to(device)
 
 
 def cast_parameters(module, dtype) -> None:

@@ -116,8 +116,8 @@ def test_plain_peft_reads_our_adapter(reference, tmp_path):
     ].shape == (32, 4, 1, 1)
     plain = load_vla(reference)
     PeftModel.from_pretrained(plain.backbone, tmp_path / "adapter")  # changes the backbone in place
-    assert same(outputs(plain), outputs(model))
-    assert not same(outputs(load_vla(reference)), outputs(model), 1e-2)
+    assert same(outputs(plain)[:2], outputs(model)[:2])  # the value head is not PEFT's
+    assert not same(outputs(load_vla(reference))[:2], outputs(model)[:2], 1e-2)
 
 
 def test_full_model_saves_in_shards(reference, tmp_path):
