@@ -124,9 +124,9 @@ def check_args(args):
     positive = "num_iterations update_epochs micro_batch_size checkpoint_every torch_threads temperature".split()
     positive = {name: getattr(args, name) for name in positive}
     runs.check_rollout(args.num_envs, args.num_steps, args.max_episode_steps, args.num_minibatches, **positive)
-    if args.name and not args.resume and any(Path("runs", args.name).glob("checkpoint-*")):
-        fix = f"use --resume runs/{args.name} or another --name"
-        raise ValueError(f"runs/{args.name} holds a run, which is never overwritten; {fix}")
+    runs.check_run(args.name, args.resume, args.track)
+    if args.partial_reset and args.sim_device == "cuda":
+        raise ValueError("partial_reset needs resets of single environments; use --sim-device cpu or leave it out")
 
 
 # --- advantages ---

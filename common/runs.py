@@ -4,6 +4,7 @@ Without torchrun there is one rank, and functions over ranks return their input.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -59,6 +60,15 @@ def check_rollout(num_envs, num_steps, max_episode_steps, num_minibatches, **pos
         fix = max(n for n in range(1, num_minibatches) if samples % n == 0)
         rule = f"is not divisible by num_minibatches = {num_minibatches}; use --num-minibatches {fix}"
         raise ValueError(f"num_envs * num_steps = {samples} {rule}")
+
+
+def check_run(name, resume, track):
+    """ValueError when runs/<name> holds another run, or tracking is asked for without its package."""
+    if name and not resume and any(Path("runs", name).glob("checkpoint-*")):
+        fix = f"use --resume runs/{name} or another --name"
+        raise ValueError(f"runs/{name} holds a run, which is never overwritten; {fix}")
+    if track and importlib.util.find_spec("wandb") is None:
+        raise ValueError("track = True needs the package wandb; pip install wandb, or leave --track out")
 
 
 def choose_key(norm_stats, unnorm_key):

@@ -285,6 +285,7 @@ def test_presets_parse_and_are_the_papers(monkeypatch, capsys):
         (dict(assets="no_pack"), "no_pack"),
         (dict(model="no/such/model"), "no/such/model"),
         (dict(name="taken"), "runs/taken holds a run"),
+        (dict(partial_reset=True, sim_device="cuda"), "partial_reset needs .* use --sim-device cpu"),
     ],
 )
 def test_bad_args_are_refused_before_anything_is_loaded(settings, message, tmp_path, monkeypatch):
@@ -440,15 +441,14 @@ def test_two_ranks_make_the_update_of_one(train, tmp_path):
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         + command("--name", "two", "--num-iterations", "1"),
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=300,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=550,
     )  # fmt: skip
     two, start = weights_of(tmp_path / "runs/two"), load_vla("tiny", seed=1).backbone.state_dict()
-    weights = weights_of(one)
-    key = "projector.fc1.weight"
-    assert (weights[key] - start[key]).abs().max() > 3e-4, "the check sees nothing"
-    for key, tensor in weights.items():
-        torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=2e-5)
-    a, b = metrics_of(one)[-1], metrics_of(tmp_path / "runs/two")[-1]
+    # Adam's first steps have size lr wherever the gradient is not exactly 0, so compare the update as a whole.
+    one, two, start = (torch.cat([w[key].flatten() for key in start]) for w in (weights_of(one), two, start))
+    assert (one - start).abs().max() > 3e-4, "the check sees nothing"
+    assert (two - one).norm() < 2e-3 * (one - start).norm()
+    a, b = metrics_of(tmp_path / "runs/one")[-1], metrics_of(tmp_path / "runs/two")[-1]
     assert a.keys() == b.keys()
     for key in a:
         assert a[key] == b[key] or np.isclose(a[key], b[key], rtol=1e-3, atol=1e-5), key

@@ -69,6 +69,13 @@ def test_environments_must_split_over_ranks(monkeypatch):
         runs.check_rollout(3, 160, 40, 20)
 
 
+def test_tracking_without_its_package(monkeypatch):
+    """Stops --track from failing after the simulator has started."""
+    monkeypatch.setattr(runs.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="needs the package wandb; pip install wandb"):
+        runs.check_run("", "", track=True)
+
+
 def test_unnorm_key():
     """Stops actions from being scaled by another robot's statistics."""
     assert runs.choose_key({"bridge": {}}, "") == "bridge"
