@@ -59,7 +59,12 @@ def _euler_xyz_quaternion(angles):
     """Quaternion of Rx @ Ry @ Rz (intrinsic XYZ) for `angles` (3,) radians."""
     (cx, cy, cz), (sx, sy, sz) = np.cos(angles / 2), np.sin(angles / 2)
     return np.array(
-        [cx * cy * cz - sx * sy * sz, sx * cy * cz + cx * sy * sz, cx * sy * cz - sx * cy * sz, cx * cy * sz + sx * sy * cz]
+        [
+            cx * cy * cz - sx * sy * sz,
+            sx * cy * cz + cx * sy * sz,
+            cx * sy * cz - sx * cy * sz,
+            cx * cy * sz + sx * sy * cz,
+        ]
     )
 
 
