@@ -39,13 +39,13 @@ XY_MARGIN_M, Z_MARGIN_M, CONTACT_FORCE_N = 0.01, 0.05, 0.03
 def check_env_args(task, split, assets, image_size, sim_freq, solver_iterations, fidelity):
     """Raise ValueError / FileNotFoundError naming value, rule and fix; costs milliseconds and loads no simulator."""
     get_task(task, fidelity)
-    num_configurations(task, split)
+    num_configurations(task, split, fidelity)
     load_pack(assets)
     width, height = image_size
     if width % 4 or height % 2 or width * 3 != height * 4 or not 64 <= width <= 1920:
         raise ValueError(
-            f"image_size = {width}x{height} is not supported: width and height must be even, in the camera's ratio 4:3, "
-            "and 64 to 1920 wide; use 160x120 (small model) or 640x480 (published)"
+            f"image_size = {width}x{height} is not supported: width and height must be even, in the camera's ratio "
+            "4:3, and 64 to 1920 wide; use 160x120 (small model) or 640x480 (published)"
         )
     if sim_freq < 50 or sim_freq % CONTROL_FREQ:
         raise ValueError(f"sim_freq = {sim_freq} Hz must be a multiple of {CONTROL_FREQ} and >= 50; use 250 or 500")
@@ -55,7 +55,7 @@ def check_env_args(task, split, assets, image_size, sim_freq, solver_iterations,
 
 @register_env(ENV_ID, max_episode_steps=80)
 class PutOnReceptacleEnv(BaseEnv):
-    """One episode = one id: `reset(options={"episode_ids": ids})`, ids (B,) int in [0, num_configurations(task, split)).
+    """One episode = one id: `reset(options={"episode_ids": ids})`, ids (B,) int, modulo `num_configurations`.
 
     Args: see `common/vec_env.py:make_envs`. Observation (ManiSkill layout, mode rgb+segmentation):
     obs["sensor_data"]["3rd_view_camera"]["rgb"] (B, H, W, 3) uint8, composited over the task's table photo.
@@ -91,8 +91,8 @@ class PutOnReceptacleEnv(BaseEnv):
         super().__init__(*args, robot_uids=robot, **kwargs)
 
     def set_task(self, task, split):
-        """Draw the next episodes from another task of the same pack. On GPU call before the next reconfiguring reset."""
-        num_configurations(task, split)
+        """Draw the next episodes from another task of the same pack."""
+        num_configurations(task, split, self.fidelity)
         self.task, self.split = task, split
 
     # --- scene ---
@@ -104,14 +104,12 @@ class PutOnReceptacleEnv(BaseEnv):
 
     def _load_agent(self, options):
         super()._load_agent(options, sapien.Pose(*BASE_POSE))
-        for link in self.agent.robot.links:
-            for obj in link._objs:
-                for shape in getattr(
-                    obj.entity.find_component_by_type(sapien.render.RenderBodyComponent), "render_shapes", []
-                ):
-                    for part in getattr(shape, "parts", [shape]):
-                        part.material.set_specular(0.9)
-                        part.material.set_roughness(0.3)
+        for entity in (obj.entity for link in self.agent.robot.links for obj in link._objs):
+            body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+            for shape in body.render_shapes if body else ():
+                for part in getattr(shape, "parts", [shape]):
+                    part.material.set_specular(0.9)
+                    part.material.set_roughness(0.3)
 
     def _load_lighting(self, options):
         self.scene.set_ambient_light([0.3, 0.3, 0.3])
@@ -170,7 +168,8 @@ class PutOnReceptacleEnv(BaseEnv):
             raise ValueError(f"reset of {len(env_idx)} of {self.num_envs} environments: only full batches can settle")
         ids = options.get("episode_ids")
         if ids is None:
-            ids = self._batched_episode_rng.randint(min(num_configurations(self.task, self.split), 2**31 - 1))
+            number = num_configurations(self.task, self.split, self.fidelity)
+            ids = self._batched_episode_rng.randint(min(number, 2**31 - 1))
         ids = np.asarray(ids, dtype=np.int64).reshape(self.num_envs)
         self.episode_ids, self.episodes = ids, decode(self.task, self.split, ids, self.fidelity)
         e = self.episodes

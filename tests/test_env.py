@@ -13,7 +13,8 @@ from common.expert import Expert
 from common.vec_env import decode_gripper, make_envs
 
 BRIDGE = pytest.param(
-    "bridge", marks=pytest.mark.skipif("MS_ASSET_DIR" not in os.environ, reason="MS_ASSET_DIR is not set: no bridge assets")
+    "bridge",
+    marks=pytest.mark.skipif("MS_ASSET_DIR" not in os.environ, reason="MS_ASSET_DIR is not set: no bridge assets"),
 )
 
 
@@ -169,7 +170,10 @@ def test_distractors_templates_and_arm_offsets(env):
         env.set_task("ee_pose", "test")
         env.reset(options={"episode_ids": [987654321]})
         qpos = env.agent.robot.get_qpos()[0, :6].numpy()
-        expected = np.array([-0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398]) + env.episodes.arm_offset[0]
+        expected = (
+            np.array([-0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398])
+            + env.episodes.arm_offset[0]
+        )
         np.testing.assert_allclose(qpos, expected, atol=1e-5)
         assert np.abs(env.episodes.arm_offset[0]).max() > 0
     finally:
