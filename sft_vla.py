@@ -15,7 +15,6 @@ ppo_vla.py, grpo_vla.py and dpo_vla.py start. Departures from the paper, explain
 Sibling: ppo_vla.py. Here is no rollout and no advantage; an iteration is `num_updates` optimizer steps.
 """
 
-import math
 import os
 import sys
 import time
@@ -86,7 +85,7 @@ class Args:
     num_updates: int = 100  # per iteration: one line of metrics
     batch_size: int = 128  # over all ranks; [P] 32
     micro_batch_size: int = 128  # samples per forward; only memory and speed depend on it
-    learning_rate: float = 1e-3  # AdamW [M]; [P] 5e-4
+    learning_rate: float = 2e-3  # AdamW [M]; [P] 5e-4
     lr_schedule: Literal["constant", "cosine"] = "cosine"  # to 0 over the run [M]; [P] constant
     warmup_updates: int = 100  # linear rise of the learning rate [D]; [P] 0
     weight_decay: float = 0.01  # AdamW [P]
@@ -98,24 +97,19 @@ PAPER = dict(
     assets="bridge", max_episode_steps=80, image_size=(640, 480), sim_freq=500, solver_iterations=15,
     fidelity="published", shader_pack="default", sim_device="cuda", model="openvla/openvla-7b", dtype="bfloat16",
     lora_rank=32, statistics="quantiles", batch_size=32, micro_batch_size=8, learning_rate=5e-4,
-    lr_schedule="constant", warmup_updates=0, max_grad_norm=float("inf"),
+    lr_schedule="constant", warmup_updates=0, max_grad_norm=float("inf"), val_demos=16,
 )  # fmt: skip
 PRESETS = {
     "default": Args(),
-    "warmup": Args(preset="warmup", **PAPER, num_iterations=20, val_demos=10, augment=True),
-    "baseline": Args(
-        preset="baseline", **PAPER, num_iterations=600, val_demos=16, drop_idle=True, merge_adapter=True, eval_every=50
-    ),
+    "warmup": Args(preset="warmup", **PAPER, num_iterations=20, augment=True),
+    "baseline": Args(preset="baseline", **PAPER, num_iterations=600, eval_every=50, merge_adapter=True, drop_idle=True),
 }
 
 
 def check_args(args):
     """What can be refused before a model or data are loaded: ValueError with values, rule and fix."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    positive = (
-        "num_iterations num_updates batch_size num_envs micro_batch_size checkpoint_every torch_threads val_demos"
-    )
-    for name in positive.split():
+    for name in "num_iterations num_updates batch_size num_envs micro_batch_size checkpoint_every val_demos".split():
         if (value := getattr(args, name)) <= 0:
             raise ValueError(f"{name} = {value} must be > 0; use {getattr(Args, name)}")
         if name in ("batch_size", "num_envs") and value % ranks:
@@ -138,22 +132,18 @@ def load_data(args, model):
         for key, here in (("assets", args.assets), ("image_size", list(args.image_size))):
             if settings[key] != here:
                 raise ValueError(f"{path} was recorded with {key} = {settings[key]}, this run has {here}; change one")
-    if args.val_demos >= len(demos.instructions):
-        raise ValueError(f"val_demos = {args.val_demos} leaves none of {len(demos.instructions)} episodes; use fewer")
+    if args.val_demos >= (num_demos := len(demos.instructions)):
+        raise ValueError(f"val_demos = {args.val_demos} leaves none of {num_demos} episodes; use fewer")
     if args.statistics != "model":
         statistics = demos.statistics if args.statistics == "symmetric" else action_statistics(demos.actions, None)
         model.norm_stats.clear()
         model.norm_stats[args.unnorm_key] = {"action": statistics}
     unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key if args.statistics != "model" else "")
-    action_tokens = model.tokens_from_actions(demos.actions, unnorm_key)
-    chosen = np.random.default_rng(args.seed).permutation(len(demos.instructions))[: args.val_demos]
-    splits = []
-    for inside in (~np.isin(demos.episodes, chosen), np.isin(demos.episodes, chosen)):
-        rows = torch.as_tensor(np.flatnonzero(inside))
-        texts = [demos.instructions[episode] for episode in demos.episodes[inside]]
-        data = {"images": demos.images[rows], "actions": torch.as_tensor(demos.actions)[rows], "instructions": texts}
-        splits.append(data | {"action_tokens": action_tokens[rows]})
-    return *splits, unnorm_key
+    data = {"images": demos.images, "actions": torch.as_tensor(demos.actions)}
+    data["instructions"] = [demos.instructions[episode] for episode in demos.episodes]
+    data["action_tokens"] = model.tokens_from_actions(demos.actions, unnorm_key)
+    first = int(np.searchsorted(demos.episodes, num_demos - args.val_demos))  # the last episodes are for validation
+    return {k: v[:first] for k, v in data.items()}, {k: v[first:] for k, v in data.items()}, unnorm_key
 
 
 # --- loss ---
@@ -164,8 +154,7 @@ def augment(images, generator):
     """
     r = torch.rand(len(images), 6, generator=generator).to(images.device)
     side = (0.9 + 0.1 * r[:, 0]).sqrt()
-    crop = torch.zeros(len(images), 2, 3, device=images.device)
-    crop[:, 0, 0] = crop[:, 1, 1] = side
+    crop = torch.eye(2, 3, device=images.device) * side[:, None, None]
     crop[:, :, 2] = (2 * r[:, 1:3] - 1) * (1 - side)[:, None]
     x = images.permute(0, 3, 1, 2).float()
     x = F.grid_sample(x, F.affine_grid(crop, x.shape, align_corners=False), padding_mode="border", align_corners=False)
@@ -240,8 +229,7 @@ def main(args: Args):
     check_env_args(
         args.task, args.split, args.assets, args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
     )
-    if args.eval_every:
-        check_renderer("cuda" if args.sim_device == "cuda" else "cpu")
+    check_renderer("gpu" if args.sim_device == "cuda" else "cpu")
     device = runs.setup_ranks(args.device)
     rank, world_size = runs.rank_and_world_size()
     torch.set_num_threads(args.torch_threads)
@@ -273,12 +261,14 @@ def main(args: Args):
         num_workers=args.num_workers or max(1, len(os.sched_getaffinity(0)) // world_size),
     ) if args.eval_every else None  # fmt: skip
     logger = logs.Logger(run_dir, asdict(args), args.track, progress["iteration"] * args.num_updates, enabled=rank == 0)
-    num_samples, last_update = len(data["actions"]), args.num_iterations * args.num_updates
+    last_update = args.num_iterations * args.num_updates
     if rank == 0:
-        size = sum(p.numel() for p in params) / 1e6
-        print(f"{run_dir} | {checkpoint or args.model} on {device}, {args.dtype}, trains {size:.2f} M weights")
-        print(f"{num_samples} samples, {len(val_data['actions'])} for validation, {args.assets} assets")
+        print(f"{run_dir} | {checkpoint or args.model} on {device}, {args.dtype}, trains {len(params)} tensors")
+        print(f"{len(data['actions'])} samples, {len(val_data['actions'])} for validation, {args.assets} assets")
         runs.stop_on_signals(f"the last checkpoint is kept, continue with: python {sys.argv[0]} --resume {run_dir}")
+
+    shown = "losses/cross_entropy val/cross_entropy val/token_accuracy val/l1_xyz_mm".split()
+    shown.append(f"eval/{args.task}/success_at_end")
 
     def save(kind):
         if rank == 0:
@@ -298,7 +288,7 @@ def main(args: Args):
         # --- update ---
         start, history = time.time(), []
         for number in range((iteration - 1) * args.num_updates, iteration * args.num_updates):
-            decay = 0.5 * (1 + math.cos(math.pi * number / last_update)) if args.lr_schedule == "cosine" else 1.0
+            decay = 0.5 + 0.5 * float(np.cos(np.pi * number / last_update)) if args.lr_schedule == "cosine" else 1.0
             lr = args.learning_rate * decay * min(1.0, (number + 1) / max(1, args.warmup_updates))
             optimizer.param_groups[0]["lr"] = lr
             history.append(update(model, optimizer, data, number, args, run_dir))
@@ -318,10 +308,7 @@ def main(args: Args):
             metrics |= evaluation()
         progress["seconds"] += time.time() - start
         logger.log(metrics, iteration * args.num_updates)
-        shown = "losses/cross_entropy val/cross_entropy val/token_accuracy val/l1_xyz_mm".split()
-        text = " | ".join(
-            f"{key} {metrics[key]:.3f}" for key in [*shown, f"eval/{args.task}/success_at_end"] if key in metrics
-        )
+        text = " | ".join(f"{key} {metrics[key]:.3f}" for key in shown if key in metrics)
         status = logs.status_line(iteration, args.num_iterations, metrics, progress["seconds"] / iteration)
         logger.print(f"{status} | {text}")
         if last or iteration % args.checkpoint_every == 0:

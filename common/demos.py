@@ -1,8 +1,7 @@
 """Demonstrations of the closed-loop expert as ManiSkill trajectory files with compressed images, and their reader.
 
-    python -m common.demos --num-demos 100 --task main --output demos/main
+    python -m common.demos --num-demos 100 --task main --output demos/main    # makes trajectory.h5 and trajectory.json
 
-writes `demos/main/trajectory.h5` and `trajectory.json` in ManiSkill's format, so its tools replay them.
 Details and measurements: docs/demos.md. N environments, T steps of one episode, B steps of all.
 """
 
@@ -146,12 +145,11 @@ def _record_parts(args, settings, counts, seen, parts):
         args.max_episode_steps, args.fidelity, args.shader_pack, num_workers=args.num_workers,
     )  # fmt: skip
     expert = Expert(args.num_envs)
-    bar = tqdm(total=args.num_demos, initial=old, unit="demo", dynamic_ncols=True)
+    bar, noise = tqdm(total=args.num_demos, initial=old, unit="demo"), (args.action_noise, args.noise_probability)
     try:
         while len(seen) < args.num_demos:
             rng = np.random.default_rng([args.seed, counts["batches"]])  # a batch's number fixes its episodes
             ids = training_ids(*task, args.num_envs, rng)
-            noise = args.action_noise, args.noise_probability
             batch = rollout(envs, expert, ids, lambda x: encode_image(x, args.image_format), noise, rng)
             lengths = np.minimum(batch["done_at"] + args.hold_steps, args.max_episode_steps)
             success = batch["success"][rows, lengths - 1] & batch["success"][:, -1]
