@@ -33,7 +33,6 @@ from common.doctor import check_renderer
 from common.env import check_env_args
 from common.evaluate import evaluate, training_ids
 from common.vec_env import make_envs
-from common.vla import load_vla, save_vla
 
 
 # --- args ---
@@ -274,10 +273,11 @@ def main(args: Args):
     model_name = args.model or ("checkpoints/tiny-warmup" if Path("checkpoints/tiny-warmup").is_dir() else "tiny")
     if args.dry_run:
         return print(logs.plan(asdict(args), asdict(PRESETS["default"]), model_name))
-    check_env_args(
-        args.task, args.split, args.assets, args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
-    )
+    rendering = args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
+    check_env_args(args.task, args.split, args.assets, *rendering)
     check_renderer("gpu" if args.sim_device == "cuda" else "cpu")
+    from common.vla import load_vla, save_vla  # 4 s that bad input and the simulator's processes need not wait for
+
     device = runs.setup_ranks(args.device)
     rank, world_size = runs.rank_and_world_size()
     torch.set_num_threads(max(1, args.torch_threads // world_size))
@@ -303,8 +303,6 @@ def main(args: Args):
         state = runs.load_training_state(checkpoint, device)
         optimizer.load_state_dict(state["optimizer"])
         progress = state["progress"]
-        for parameter in model.parameters():  # off the file's memory map: unaligned, kernels may round differently
-            parameter.data = parameter.data.clone()
 
     # --- environments, logger, checkpoints, evaluation ---
     num_envs = args.num_envs // world_size

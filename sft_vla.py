@@ -32,7 +32,6 @@ from common.doctor import check_renderer
 from common.env import check_env_args
 from common.evaluate import evaluate
 from common.vec_env import make_envs
-from common.vla import load_vla, save_vla
 
 
 # --- args ---
@@ -226,10 +225,11 @@ def main(args: Args):
     # Shapes: M samples of a minibatch over all ranks, A = 7 action tokens.
     # --- setup ---
     check_args(args)
-    check_env_args(
-        args.task, args.split, args.assets, args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
-    )
+    rendering = args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
+    check_env_args(args.task, args.split, args.assets, *rendering)
     check_renderer("gpu" if args.sim_device == "cuda" else "cpu")
+    from common.vla import load_vla, save_vla  # 4 s that bad input and the simulator's processes need not wait for
+
     device = runs.setup_ranks(args.device)
     rank, world_size = runs.rank_and_world_size()
     torch.set_num_threads(args.torch_threads)

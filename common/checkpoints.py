@@ -164,7 +164,9 @@ def fill(module, wanted: dict, files: dict[str, Path], dtype, device, rename=str
                     shapes = f"shape {tuple(tensor.shape)}, the model's is {tuple(wanted[name].shape)}"
                     raise ValueError(f"{path}: {stored[name][0]} has {shapes}")
                 owner, _, leaf = name.rpartition(".")
-                parameter = torch.nn.Parameter(tensor.to(device, dtype), wanted[name].requires_grad)
+                # A copy: the file's memory map is unaligned, where kernels may round differently
+                copy = tensor.to(device, dtype, copy=True)
+                parameter = torch.nn.Parameter(copy, wanted[name].requires_grad)
                 setattr(module.get_submodule(owner), leaf, parameter)
 
 

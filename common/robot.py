@@ -32,6 +32,13 @@ class WidowX(WidowX250SBridgeDatasetFlatTable):
         camera.__post_init__()
         return [camera]
 
+    @property
+    def _controller_configs(self):
+        configs = super()._controller_configs
+        for config in configs.values():
+            config["gripper"].mimic = {"left_finger": {"joint": "right_finger"}}  # else it guesses this, and warns
+        return configs
+
     def set_action(self, action):
         if self.scene.gpu_sim_enabled:
             return super().set_action(action)
