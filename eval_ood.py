@@ -84,10 +84,10 @@ def find_model(checkpoint: str) -> tuple[str, dict]:
         path = max(path.glob("best-[0-9]*"), default=max(path.glob("checkpoint-[0-9]*"), default=Path()))
     if checkpoint != "tiny" and not (path.is_dir() and path.name):
         raise FileNotFoundError(f"--checkpoint {checkpoint}: not tiny, a model, or a run with best-N or checkpoint-N")
-    state, settings = path / "training_state.pt", path / "args.json"  # the latter beside weights without the former
-    if state.is_file():
-        return str(path), json.loads(json.dumps(torch.load(state, weights_only=True, mmap=True)["args"]))
-    return str(path), json.loads(settings.read_text()) if settings.is_file() else {}
+    state = path / "training_state.pt"  # has them too, for a checkpoint that was copied out of its run
+    for settings in (file for file in (path / "args.json", path.parent / "args.json") if file.is_file()):
+        return str(path), json.loads(settings.read_text())
+    return str(path), json.loads(json.dumps(torch.load(state, mmap=True)["args"])) if state.is_file() else {}
 
 
 def environment(args: Args, trained: list[dict]) -> dict:
@@ -105,8 +105,7 @@ def fingerprint(model: str) -> str:
     """sha256 over a model directory's weights and configuration."""
     digest = hashlib.sha256()
     for path in sorted([*Path(model).glob("*.safetensors"), *Path(model).glob("*config.json")]):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        digest.update(np.memmap(path, mode="r"))
     return digest.hexdigest()
 
 
@@ -152,7 +151,7 @@ def run_task(policy, envs, ids: np.ndarray, stem: str, progress) -> dict[str, np
     """Outcomes (E,) per episode, see `run_episodes`; videos of the first success and the first failure."""
     parts, missing, upscale = [], {"success": True, "failure": False}, max(1, 640 // envs.image_size[0])
     for first in range(0, len(ids), envs.num_envs):
-        shifted = lambda images, instructions, rows, first=first: policy(images, instructions, rows + first)  # noqa: E731
+        shifted = lambda images, texts, rows, first=first: policy(images, texts, rows + first)  # noqa: E731
         part = run_episodes(shifted, envs, ids[first : first + envs.num_envs], record=envs.num_envs if missing else 0)
         frames = part.pop("frames")
         for outcome in [key for key, wanted in missing.items() if (part["success_at_end"] == wanted).any()]:
@@ -199,6 +198,7 @@ def main(args: Args) -> None:
     arguments = {name: dict(config) for name in names}  # all that changes results
     for name, (path, _) in found.items():
         arguments[name] |= {"unnorm_key": args.unnorm_key, "weights": fingerprint(path)}
+    pack = load_pack(config["assets"])  # missing assets show before a model is loaded
 
     # --- what is finished: one file per policy and task ---
     files = {(name, row[0]): output / "tasks" / name / f"{row[0]}.json" for name in names for row in rows}
@@ -209,23 +209,23 @@ def main(args: Args) -> None:
             raise ValueError(f"{file}: {', '.join(differ)}; repeat its arguments or choose another --output")
 
     # --- evaluate ---
-    if todo:
-        kwargs = env_kwargs | {"num_envs": min(args.num_envs, args.num_episodes), "num_workers": args.num_workers}
-        envs = make_envs(*todo[0][1][2:4], device=kwargs.pop("sim_device"), **kwargs)
-    num_done, loaded = len(files) - len(todo), None
+    num_done, loaded, envs = len(files) - len(todo), None, None
     bar = tqdm(total=len(files) * args.num_episodes, initial=num_done * args.num_episodes, unit="episode")
     for name, (row, dimension, task, split, sft, ppo) in todo:
         start = time.time()
         bar.set_description(f"{name} {row}")
+        if args.policy == "model" and loaded != name:
+            model = load_vla(found[name][0], device, getattr(torch, args.dtype), value_head=False, trainable=False)
+            trained_key = {found[name][1].get("unnorm_key", "")} & set(model.norm_stats)
+            loaded, unnorm_key = name, choose_key(model.norm_stats, args.unnorm_key or "".join(trained_key))
+        if envs is None:  # after the model, whose errors come in seconds
+            kwargs = env_kwargs | {"num_envs": min(args.num_envs, args.num_episodes), "num_workers": args.num_workers}
+            envs = make_envs(task, split, device=kwargs.pop("sim_device"), **kwargs)
         envs.set_task(task, split)
         ids = evaluation_ids(task, split, args.num_episodes, args.seed)
         seeds = [zlib.crc32(f"{args.seed} {task} {split} {episode_id}".encode()) for episode_id in ids]
         if args.policy == "model":
-            if loaded != name:
-                model = load_vla(found[name][0], device, getattr(torch, args.dtype), value_head=False, trainable=False)
-                trained_key = {found[name][1].get("unnorm_key", "")} & set(model.norm_stats)
-                loaded, unnorm_key = name, choose_key(model.norm_stats, args.unnorm_key or "".join(trained_key))
-            episodes, pack = decode(task, split, ids, config["fidelity"]), load_pack(config["assets"])
+            episodes = decode(task, split, ids, config["fidelity"])
             digits = zip(episodes.template, episodes.object, episodes.plate, strict=True)
             texts = [instruction(t, pack.objects[o].name, pack.plates[p].name) for t, o, p in digits]
             policy = model_policy(model, unnorm_key, args.temperature, texts, seeds, args.block_size)

@@ -206,6 +206,7 @@ def evaluate(simulators, monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow  # starts two simulators
 def test_same_results_twice_for_any_num_envs_and_after_a_kill(evaluate, tmp_path, monkeypatch):
     """Stops results that depend on chance, on --num-envs, or on having been interrupted; and half-written files."""
     first = evaluate("first", policy="random")
