@@ -222,7 +222,7 @@ def main(args: Args) -> None:
             kwargs = env_kwargs | {"num_envs": min(args.num_envs, args.num_episodes), "num_workers": args.num_workers}
             envs = make_envs(task, split, device=kwargs.pop("sim_device"), **kwargs)
         envs.set_task(task, split)
-        ids = evaluation_ids(task, split, args.num_episodes, args.seed)
+        ids = evaluation_ids(task, split, args.num_episodes, args.seed, config["fidelity"])
         seeds = [zlib.crc32(f"{args.seed} {task} {split} {episode_id}".encode()) for episode_id in ids]
         if args.policy == "model":
             episodes = decode(task, split, ids, config["fidelity"])

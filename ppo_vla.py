@@ -343,7 +343,8 @@ def main(args: Args):
         start = time.time()
         rngs = [np.random.default_rng((args.seed, iteration, number)) for number in env_numbers]
         generators = [torch.Generator().manual_seed(int(rng.integers(2**62))) for rng in rngs]
-        images, instructions = envs.reset(np.concatenate([training_ids(args.task, args.split, 1, rng) for rng in rngs]))
+        draw = lambda rng: training_ids(args.task, args.split, 1, rng, args.fidelity)  # noqa: E731
+        images, instructions = envs.reset(np.concatenate([draw(rng) for rng in rngs]))
         obs, texts, tokens, episodes = [], [], [], []
         logprobs, values, rewards, dones = torch.zeros(4, args.num_steps, num_envs, device=device)  # each (T, N)
         for step in range(args.num_steps):
@@ -358,8 +359,7 @@ def main(args: Args):
             episodes.append({name: infos[key][ended] for name, key in EPISODE_METRICS.items()})
             if ended.any() and step + 1 < args.num_steps:
                 env_ids = np.flatnonzero(ended)
-                ids = [training_ids(args.task, args.split, 1, rngs[env_id]) for env_id in env_ids]
-                images, instructions = envs.reset(np.concatenate(ids), env_ids)
+                images, instructions = envs.reset(np.concatenate([draw(rngs[env_id]) for env_id in env_ids]), env_ids)
 
         # --- advantages ---
         with torch.no_grad():  # without partial reset every episode ends with the rollout: nothing to bootstrap

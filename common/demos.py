@@ -149,7 +149,7 @@ def _record_parts(args, settings, counts, seen, parts):
     try:
         while len(seen) < args.num_demos:
             rng = np.random.default_rng([args.seed, counts["batches"]])  # a batch's number fixes its episodes
-            ids = training_ids(*task, args.num_envs, rng)
+            ids = training_ids(*task, args.num_envs, rng, args.fidelity)
             batch = rollout(envs, expert, ids, lambda x: encode_image(x, args.image_format), noise, rng)
             lengths = np.minimum(batch["done_at"] + args.hold_steps, args.max_episode_steps)
             success = batch["success"][rows, lengths - 1] & batch["success"][:, -1]

@@ -14,41 +14,42 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.runs import gather_over_ranks, rank_and_world_size
-from common.tasks import num_configurations
+from common.tasks import num_configurations, scene_numbers
 
 HELD_OUT = 64  # one configuration of 64 is for evaluation only
 
 
 # --- which episodes ---
-def held_out(episode_ids):
-    """(N,) bool: hash(id) % 64 == 0 (splitmix64). Depends on the id alone, so one rule holds for every task."""
-    x = np.asarray(episode_ids, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+def held_out(task, split, episode_ids, fidelity="fixed"):
+    """(N,) bool: hash(scene number) % 64 == 0 (splitmix64), so a scene is held out in every task that can draw it."""
+    x = scene_numbers(task, split, episode_ids, fidelity).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (x ^ (x >> np.uint64(31))) % np.uint64(HELD_OUT) == 0
 
 
-def evaluation_ids(task, split, num_episodes, seed=0):
+def evaluation_ids(task, split, num_episodes, seed=0, fidelity="fixed"):
     """The paired evaluation list: (num_episodes,) int64 held-out ids, a shorter list is a prefix of a longer one.
 
     Repeats only when the task has fewer held-out configurations than num_episodes.
     """
-    total = num_configurations(task, split)
+    total = num_configurations(task, split, fidelity)
     rng = np.random.default_rng([zlib.crc32(f"{task}/{split}".encode()), seed])
     ids = rng.permutation(total) if total <= 2**20 else rng.integers(total, size=2**20)
-    ids = ids[held_out(ids)]
+    ids = ids[held_out(task, split, ids, fidelity)]
     ids = ids[np.sort(np.unique(ids, return_index=True)[1])]
     if len(ids) == 0:
         raise ValueError(f"task {task} ({split}) has {total} configurations, none is held out; use a larger task")
     return np.resize(ids, num_episodes).astype(np.int64)
 
 
-def training_ids(task, split, n, generator):
+def training_ids(task, split, n, generator, fidelity="fixed"):
     """(n,) int64 ids drawn uniformly from all that are not held out, so no evaluation list of this or any other task
     contains them. generator: np.random.Generator."""
-    ids = generator.integers(num_configurations(task, split), size=n)
-    while (again := held_out(ids)).any():
-        ids[again] = generator.integers(num_configurations(task, split), size=again.sum())
+    total = num_configurations(task, split, fidelity)
+    ids = generator.integers(total, size=n)
+    while (again := held_out(task, split, ids, fidelity)).any():
+        ids[again] = generator.integers(total, size=again.sum())
     return ids.astype(np.int64)
 
 
@@ -110,7 +111,7 @@ def evaluate(model, envs, task, split, num_episodes, temperature, unnorm_key, vi
     time/eval_s. Videos of the first episodes go to <video_stem>-<n>-<success|failure>.mp4.
     """
     start, (rank, world_size) = time.time(), rank_and_world_size()
-    ids = evaluation_ids(task, split, num_episodes)
+    ids = evaluation_ids(task, split, num_episodes, fidelity=envs.fidelity)
     mine = np.arange(len(ids))[rank::world_size]
     policy = sampling_policy(model, unnorm_key, temperature, ids)
     record = num_videos if rank == 0 and video_stem else 0

@@ -199,6 +199,18 @@ def num_configurations(task: str, split: str, fidelity: str = "fixed") -> int:
     return math.prod(len(values) for values in _digits(get_task(task, fidelity), split).values())
 
 
+def scene_numbers(task: str, split: str, episode_ids: np.ndarray, fidelity: str = "fixed") -> np.ndarray:
+    """(N,) int64: the ids as if the task had 16 tables, as `main` has in training.
+
+    So a scene has one number in all tasks that can draw it: `main`, `single`, `main_carrot`, `main_image`, `carrot`.
+    """
+    digits = _digits(get_task(task, fidelity), split)
+    place, tables = len(digits["position"]) * len(digits["yaw"]), len(digits["table"])
+    rest, place_digit = np.divmod(np.asarray(episode_ids, dtype=np.int64), place)
+    rest, table_digit = np.divmod(rest, tables)
+    return (rest * max(tables, 16) + table_digit) * place + place_digit
+
+
 def decode(task: str, split: str, episode_ids: np.ndarray, fidelity: str = "fixed") -> Episodes:
     """Episodes of the ids (N,), integers >= 0 (else ValueError), taken modulo num_configurations."""
     row, ids = get_task(task, fidelity), np.asarray(episode_ids)

@@ -77,7 +77,7 @@ class CpuEnvs:
 
     def __init__(self, num_envs, max_episode_steps, env_kwargs, num_workers):
         self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
-        self.image_size = env_kwargs["image_size"]
+        self.image_size, self.fidelity = env_kwargs["image_size"], env_kwargs["fidelity"]
         width, height = self.image_size
         context = multiprocessing.get_context("spawn")  # Vulkan and torch threads do not survive a fork
         self._memory = {"images": context.RawArray(ctypes.c_uint8, num_envs * height * width * 3)}
@@ -252,7 +252,7 @@ class GpuEnvs:
         from common.env import make_env
 
         self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
-        self.image_size = env_kwargs["image_size"]
+        self.image_size, self.fidelity = env_kwargs["image_size"], env_kwargs["fidelity"]
         self._env = make_env(num_envs, sim_backend="physx_cuda", render_backend="gpu", **env_kwargs)
 
     def reset(self, episode_ids, env_ids=None):

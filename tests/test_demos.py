@@ -76,7 +76,8 @@ def test_recorded_episodes_succeed_and_are_for_training():
     """Stops failures, duplicates and evaluation episodes in the training data."""
     data = load_demos(recorded_demos())
     header = json.loads((recorded_demos() / "trajectory.json").read_text())
-    assert len(set(data.episode_ids)) == len(data.instructions) == 10 and not held_out(data.episode_ids).any()
+    assert len(set(data.episode_ids)) == len(data.instructions) == 10
+    assert not held_out("main", "train", data.episode_ids).any()
     assert header["counts"]["rejected"] <= 0.2 * header["counts"]["attempted"]
     with h5py.File(recorded_demos() / "trajectory.h5") as file:
         assert len(file) == 10 and all(group["success"][-1] for group in file.values())
