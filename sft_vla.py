@@ -320,8 +320,8 @@ def main(args: Args):
     logger.close()
     panels = [["losses/cross_entropy", "val/cross_entropy"], ["train/token_accuracy", "val/token_accuracy"]]
     if rank == 0:
-        text = logs.summary(run_dir, last_update, progress["seconds"], progress["evaluations"], panels)
-        print(text.replace("environment steps", "optimizer steps  "))
+        done = last_update, progress["seconds"], progress["evaluations"]
+        print(logs.summary(run_dir, *done, panels, unit="optimizer steps"))
 
 
 if __name__ == "__main__":

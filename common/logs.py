@@ -93,8 +93,11 @@ def peak_memory():
     return metrics
 
 
-def summary(run_dir, steps, seconds, evaluations, panels):
-    """The last lines of a run; also draws curve.png, one small plot per list of metric names in `panels`."""
+def summary(run_dir, steps, seconds, evaluations, panels, unit="environment steps"):
+    """The last lines of a run; also draws curve.png, one small plot per list of metric names in `panels`.
+
+    steps: of the whole run, in `unit`, which is what the x axis counts too.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -106,12 +109,12 @@ def summary(run_dir, steps, seconds, evaluations, panels):
         for key in keys:
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             axis.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3, label=key)
-        axis.set_xlabel("environment steps")
+        axis.set_xlabel(unit)
         axis.legend(fontsize=8)
     figure.savefig(Path(run_dir) / "curve.png", dpi=120)
     plt.close(figure)
     table = {
-        "environment steps": f"{steps:,} in {hours(seconds)}",
+        unit: f"{steps:,} in {hours(seconds)}",
         "success at end": " -> ".join(f"{value:.3f}" for value in evaluations) or "not evaluated",
         "peak memory": ", ".join(f"{key.split('_')[1]} {size:.1f} GB" for key, size in peak_memory().items()),
         "files": f"{run_dir}: curve.png, videos/, metrics.jsonl, best and last checkpoint",

@@ -16,9 +16,9 @@ import pytest
 import tyro
 
 ROOT = Path(__file__).parent.parent
-BUDGETS = {"ppo_vla.py": 420, "grpo_vla.py": 420, "dpo_vla.py": 360, "sft_vla.py": 300, "eval_ood.py": 260}
-BUDGETS |= {"README.md": 150}
-COMMON_FILE_BUDGET, COMMON_BUDGET = 330, 1900
+BUDGETS = {"ppo_vla.py": 420, "grpo_vla.py": 420, "dpo_vla.py": 360, "sft_vla.py": 330, "eval_ood.py": 260}
+BUDGETS |= {"README.md": 150, "common/env.py": 400}
+COMMON_FILE_BUDGET, COMMON_BUDGET = 330, 3500
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py"))]
 TRAINING = [name for name in SCRIPTS if name.endswith("_vla")]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -42,7 +42,11 @@ def test_budgets():
     over = {name: f"{len(lines(ROOT / name))} > {most}" for name, most in BUDGETS.items()
             if (ROOT / name).exists() and len(lines(ROOT / name)) > most}  # fmt: skip
     common = {path.name: len(lines(path)) for path in ROOT.glob("common/*.py")}
-    over |= {name: f"{count} > {COMMON_FILE_BUDGET}" for name, count in common.items() if count > COMMON_FILE_BUDGET}
+    over |= {
+        name: f"{count} > {COMMON_FILE_BUDGET}"
+        for name, count in common.items()
+        if count > BUDGETS.get(f"common/{name}", COMMON_FILE_BUDGET)
+    }
     if sum(common.values()) > COMMON_BUDGET:
         over["common/ in all"] = f"{sum(common.values())} > {COMMON_BUDGET}"
     assert not over
