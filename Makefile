@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test lint format doctor lock clean
+.PHONY: help setup demo warmup test lint format doctor lock clean
 help:
 	@echo "make demo    train PPO for a few iterations in the real simulator; prints where the curve and the video are"
 	@echo "make test    ruff and the whole test suite (arguments for pytest: PYTEST_ARGS='-k gae')"
@@ -16,6 +16,14 @@ setup:
 DEMO_ARGS ?= --num-envs 64 --num-iterations 3
 demo: setup
 	$(PY) ppo_vla.py $(DEMO_ARGS)
+
+# regenerates checkpoints/tiny-warmup, an hour on two cores; see results/warmup
+warmup: setup
+	$(PY) -m common.demos --num-demos 1200 --num-envs 32 --output demos/main
+	$(PY) sft_vla.py --demos demos/main --name tiny-warmup --dtype bfloat16 --torch-threads 1 \
+		--num-iterations 26 --eval-every 13 --num-envs 32
+	mkdir -p checkpoints/tiny-warmup && cp runs/tiny-warmup/args.json runs/tiny-warmup/checkpoint-000026/*.json \
+		runs/tiny-warmup/checkpoint-000026/model.safetensors checkpoints/tiny-warmup/
 
 test: lint
 	$(PY) -m pytest $(PYTEST_ARGS)
