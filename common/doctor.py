@@ -111,7 +111,8 @@ def main(missing: int = 0) -> int:
         try:
             line = f"ok       {name:17} {check()}"
         except Exception as error:  # any failure of a check is a finding: say it with its fix and go on
-            line, missing = f"{'MISSING ' if needed else 'optional'} {name:17} {error!r}", missing | needed
+            text, missing = str(error) or repr(error), missing | needed
+            line = f"{'MISSING ' if needed else 'optional'} {name:17} {text}"
         print(line, flush=True)
     return missing
 
