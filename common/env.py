@@ -138,7 +138,7 @@ class PutOnReceptacleEnv(BaseEnv):
         """CPU: a new PhysX world with robot, table and exactly the `wanted` (kind, index) bodies.
 
         PhysX orders contacts by what happened in its world before, and grasps amplify that to centimetres; a world per
-        episode (10 ms) makes an episode a function of its id alone. Bodies not in play cost nothing.
+        episode (1 ms) makes an episode a function of its id alone. Bodies not in play cost nothing.
         """
         for actor in self._in_play.values():
             actor._objs[0].remove_from_scene()
@@ -230,7 +230,7 @@ class PutOnReceptacleEnv(BaseEnv):
 
     # --- state of the bodies in play ---
     def _indices(self, which):
-        return getattr(self.episodes, {"object": "object", "plate": "plate", "third": "third_index"}[which])
+        return self.episodes.third_index if which == "third" else getattr(self.episodes, which)
 
     def _for_selected(self, which, function):
         """`function(actor) -> (B, ...)` of the body that plays `which` ("object", "plate", "third") in each env."""
