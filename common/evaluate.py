@@ -43,9 +43,11 @@ def evaluation_ids(task, split, num_episodes, seed=0, fidelity="fixed"):
     return np.resize(ids, num_episodes).astype(np.int64)
 
 
-def training_ids(task, split, n, generator, fidelity="fixed"):
+def training_ids(task, split, n, generator, fidelity="fixed", only=()):
     """(n,) int64 ids drawn uniformly from all that are not held out, so no evaluation list of this or any other task
-    contains them. generator: np.random.Generator."""
+    contains them; or from the ids `only`, if any. generator: np.random.Generator."""
+    if len(only):
+        return generator.choice(np.asarray(only, dtype=np.int64), n)
     total = num_configurations(task, split, fidelity)
     ids = generator.integers(total, size=n)
     while (again := held_out(task, split, ids, fidelity)).any():
@@ -104,14 +106,19 @@ def run_episodes(policy, envs, episode_ids, record=0):
     return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]} | {"frames": frames}
 
 
-def evaluate(model, envs, task, split, num_episodes, temperature, unnorm_key, video_stem=None, num_videos=2):
+def evaluate(model, envs, task, split, num_episodes, temperature, unnorm_key, video_stem=None, num_videos=2, only=()):
     """Success of `model` on the paired list of a task that `envs` is set to; the list is shared out over ranks.
+    `only`: repeat these episode ids instead.
 
     Returns: metrics eval/<task>/{success_at_end, low, high (Wilson 95 %), success_once, grasped, return, episodes} and
     time/eval_s. Videos of the first episodes go to <video_stem>-<n>-<success|failure>.mp4.
     """
     start, (rank, world_size) = time.time(), rank_and_world_size()
-    ids = evaluation_ids(task, split, num_episodes, fidelity=envs.fidelity)
+    ids = (
+        evaluation_ids(task, split, num_episodes, fidelity=envs.fidelity)
+        if not len(only)
+        else np.resize(only, num_episodes)
+    )
     mine = np.arange(len(ids))[rank::world_size]
     policy = sampling_policy(model, unnorm_key, temperature, ids)
     record = num_videos if rank == 0 and video_stem else 0

@@ -206,25 +206,35 @@ class VLA(nn.Module):
                 x, seen = self.llama.embed_tokens(tokens[i]), F.pad(seen, (0, 1), value=True)
         return torch.cat(tokens, 1), logprobs, self.values_of(torch.cat(hidden, 1), images, ids, mask)
 
+    def bin_logprobs(self, images, instructions, action_tokens, temperature=1.0):
+        """Arguments as in `evaluate` -> log-probs (N, 7, 256) float32 of all bins for token i after the given tokens
+        before it, and the inputs of `values_of`."""
+        images, (ids, mask) = self.fit_images(images), self.tokenize(instructions)
+        if action_tokens.shape != (len(ids), ACTION_DIM) or action_tokens.dtype != torch.int64:
+            found = f"{tuple(action_tokens.shape)} {action_tokens.dtype}"
+            raise ValueError(f"action_tokens are {found}, not ({len(ids)}, {ACTION_DIM}) torch.int64")
+        with self.autocast():
+            forced = torch.cat([ids, action_tokens.to(self.device)[:, :-1]], dim=1)
+            x, seen = self.backbone.embed(images, forced, F.pad(mask, (0, ACTION_DIM - 1), value=True))
+            hidden = self.backbone.hidden(x, seen, last=ACTION_DIM)
+        return F.log_softmax(self.backbone.bin_logits(hidden) / (temperature or 1.0), dim=-1), (
+            hidden,
+            images,
+            ids,
+            mask,
+        )
+
     def evaluate(self, images, instructions, action_tokens, temperature=1.0, return_token_logprobs=False):
         """Score given actions, with gradients.
 
         action_tokens (N, 7) int64, the rest as in `act`. -> logprobs (N,), or token_logprobs (N, 7); entropies (N,),
         the mean over the 7 tokens; values (N,). All float32, nats.
         """
-        images, (ids, mask) = self.fit_images(images), self.tokenize(instructions)
-        if action_tokens.shape != (len(ids), ACTION_DIM) or action_tokens.dtype != torch.int64:
-            found = f"{tuple(action_tokens.shape)} {action_tokens.dtype}"
-            raise ValueError(f"action_tokens are {found}, not ({len(ids)}, {ACTION_DIM}) torch.int64")
-        action_tokens = action_tokens.to(self.device)
-        with self.autocast():
-            forced = torch.cat([ids, action_tokens[:, :-1]], dim=1)
-            x, seen = self.backbone.embed(images, forced, F.pad(mask, (0, ACTION_DIM - 1), value=True))
-            hidden = self.backbone.hidden(x, seen, last=ACTION_DIM)
-        logp = F.log_softmax(self.backbone.bin_logits(hidden) / (temperature or 1.0), dim=-1)  # (N, 7, 256) float32
-        token_logprobs = logp.gather(-1, (action_tokens - self.backbone.bins.start)[..., None])[..., 0]
+        logp, inputs = self.bin_logprobs(images, instructions, action_tokens, temperature)
+        index = action_tokens.to(self.device) - self.backbone.bins.start
+        token_logprobs = logp.gather(-1, index[..., None])[..., 0]
         entropies = -(logp.exp() * logp).sum(-1).mean(-1)
-        values = self.values_of(hidden, images, ids, mask)
+        values = self.values_of(*inputs)
         return token_logprobs if return_token_logprobs else token_logprobs.sum(-1), entropies, values
 
     def value(self, images, instructions):
@@ -285,14 +295,16 @@ class VLA(nn.Module):
 def load_vla(
     name_or_path="tiny", device="cpu", dtype=torch.float32, lora_rank=0, lora_targets="all", adapter=None,
     value_input=None, separate_critic=None, value_head=True, seed=0, trainable=True, merge_adapter=False,
+    freeze_vision=False,
 ) -> VLA:  # fmt: skip
     """Read or make a model.
 
     name_or_path: "tiny" (random weights from `seed`), a directory or hub id in the layout of openvla/openvla-7b, or a
     PEFT adapter directory. adapter: one to put on top, to train on, or with merge_adapter to add to the base weights.
     dtype: what matmuls run in and frozen weights are kept in; trained weights are float32. lora_rank 0 without an
-    adapter: full fine-tuning. trainable=False: all frozen, in dtype. value_input, separate_critic: None = as saved,
-    else "h0", False. Every file is checked before anything slow; errors name the file, the key and the rule.
+    adapter: full fine-tuning. trainable=False: all frozen, in dtype; freeze_vision: vision and projector are.
+    value_input, separate_critic: None = as saved, else "h0", False. Every file is checked before anything slow; errors
+    name the file, the key and the rule.
     """
     source = checkpoints.locate(str(name_or_path), adapter)
     settings = {"value_input": value_input or source.value_settings.get("value_input", "h0")}
@@ -312,6 +324,8 @@ def load_vla(
         checkpoints.apply_lora(backbone, source, lora_rank, lora_targets, merge_adapter)
         tokenizer = Tokenizer.from_file(str(source.tokenizer))
         model = VLA(backbone, tokenizer, source.config, dtype, value_head=value_head, **settings).to(device)
+    if freeze_vision:
+        model.backbone.vision_backbone.requires_grad_(False), model.backbone.projector.requires_grad_(False)
     model.source = source
     if source.value_file and value_head:
         checkpoints.fill_value(model)

@@ -1,0 +1,170 @@
+"""Pointing scenes: where are object and receptacle, seen from the gripper? What the small model is pre-trained on.
+
+    python -m common.pointing --num-scenes 10000 --output demos/pointing
+
+OpenVLA starts from a vision-language model that knows where things are; the small model learns it here, without one
+robot action. A scene of the training configurations is drawn with the arm at `poses_per_scene` random poses, in a third
+of them with the object in hand, and the answer is seven numbers, scored by the same tokens as an action:
+    0:3 object centre - TCP, 3:6 receptacle - TCP (metres, base axes), 6 turn that lays the fingers along the object's
+    narrow side (units of 100 degrees)
+Stored like demonstrations (common/demos.py), one episode per scene, so that sft_vla.py trains on it; nothing to replay.
+"""
+
+import json
+import multiprocessing
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import h5py
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from common.demos import action_statistics, encode_image, write_episode
+from common.env import CAMERA, check_env_args
+from common.evaluate import training_ids
+from common.expert import grasp, quat_to_matrix
+
+LOW, HIGH = (-0.33, -0.18, 0.885), (-0.05, 0.22, 1.05)  # metres, world: where the TCP can be in view
+FINGERS_M = (0.015, 0.026, 0.037)  # closed, around an object at most, open
+MODES = ("anywhere", "near", "held")
+
+
+@dataclass
+class Args:
+    output: str = "demos/pointing"  # directory of trajectory.h5 and .json; not one that exists
+    num_scenes: int = 10000
+    poses_per_scene: int = 8  # of the arm, one picture and answer each
+    task: str = "main"  # a row of common/tasks.py
+    split: Literal["train", "test", "all"] = "train"  # its configurations; those kept for evaluation are never drawn
+    seed: int = 0
+    assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
+    image_size: tuple[int, int] = (160, 120)  # camera pixels (width, height)
+    sim_freq: int = 250  # physics Hz, while the objects settle
+    solver_iterations: int = 4  # of the contact solver
+    fidelity: Literal["fixed", "published"] = "fixed"  # published = with the benchmark's known defects
+    shader_pack: Literal["minimal", "default"] = "minimal"  # renderer quality
+    num_workers: int = 0  # simulator processes; 0 = one per core
+    image_format: Literal["jpeg", "png"] = "jpeg"  # jpeg: quality 95
+
+
+def answer(state, held):
+    """(7,) float32, see the module, of one environment's `privileged_state`; a held object needs no turn."""
+    box, rotation = state["object_bbox"], quat_to_matrix(state["object_pose"][:, 3:])
+    centre = state["object_pose"][:, :3] + np.einsum("nij,nj->ni", rotation, box.mean(1))
+    tcp, base = state["tcp_pose"], quat_to_matrix(state["base_pose"][:, 3:])[0]
+    turn = grasp(rotation, (box[:, 1] - box[:, 0]) / 2, quat_to_matrix(tcp[:, 3:])[:, :, 1])
+    offsets = (centre - tcp[:, :3])[0] @ base, (state["plate_pose"] - tcp)[0, :3] @ base
+    return np.float32([*offsets[0], *offsets[1], 0.0 if held else np.rad2deg(turn[0]) / 100])
+
+
+def place_arm(env, rng, mode):
+    """Put the arm, vertical, at a random pose, in mode "held" with the object in hand; False: out of reach."""
+    import sapien
+    from mani_skill.utils.structs import Pose
+
+    arm, robot = env.agent.controller.controllers["arm"], env.agent.robot._objs[0]
+    state, base = env.privileged_state(), env.agent.robot.pose.sp
+    target = rng.uniform(LOW, HIGH)
+    if mode == "near":
+        target = state["object_pose"][0, :3] + rng.normal((0, 0, 0.01), (0.025, 0.025, 0.03))
+    elif mode == "held" and rng.random() < 0.5:
+        target = state["plate_pose"][0, :3] + [*rng.normal(0, 0.03, 2), rng.uniform(0.02, 0.12)]
+    target[2] = max(target[2], LOW[2])
+    half_turn = rng.uniform(-0.75, 0.75)
+    turn = sapien.Pose(q=[np.cos(half_turn), 0, 0, np.sin(half_turn)])
+    goal = base.inv() * sapien.Pose(target, (turn * sapien.Pose(q=state["tcp_pose"][0, 3:])).q)
+    kinematics = arm.kinematics
+    qpos, reached, _ = kinematics.pmodel.compute_inverse_kinematics(
+        kinematics.end_link_idx, goal, initial_qpos=robot.qpos, active_qmask=kinematics.qmask, max_iterations=100
+    )
+    if not reached:
+        return False
+    fingers = rng.uniform(FINGERS_M[0], FINGERS_M[1 if mode == "held" else 2])
+    if mode == "near" and rng.random() < 0.7:
+        fingers = FINGERS_M[2]
+    robot.set_qpos(np.array([*qpos[:6], fingers, fingers]))
+    if mode == "held":
+        lies = sapien.Pose(q=state["object_pose"][0, 3:])
+        pose = np.concatenate([arm.ee_pose.sp.p + rng.normal(0, (0.004, 0.004, 0.006)), (turn * lies).q])
+        env._teleport_object(Pose.create(torch.as_tensor(pose[None], dtype=torch.float32)).raw_pose, False)
+    return True
+
+
+def scene(env, rng, episode_id, num_poses, image_format):
+    """(frames, answers (P, 7) float32, instruction) of P <= num_poses arm poses in one scene."""
+    env.reset(options={"episode_ids": [episode_id]})
+    robot, rest, object_pose = env.agent.robot._objs[0], env.agent.robot._objs[0].qpos, env._pose("object").clone()
+    frames, answers = [], []
+    for mode in rng.choice(MODES, num_poses):
+        robot.set_qpos(rest)
+        env._teleport_object(object_pose, False)
+        if place_arm(env, rng, mode):
+            image = env._get_obs_with_sensor_data({})["sensor_data"][CAMERA]["rgb"][0].numpy()
+            frames.append(encode_image(image, image_format))
+            answers.append(answer(env.privileged_state(), mode == "held"))
+    return frames, np.array(answers, np.float32).reshape(-1, 7), env.instructions()[0]
+
+
+def _start(env_kwargs, num_poses, image_format):
+    global job
+    from common.env import make_env
+
+    torch.set_num_threads(1)
+    env = make_env(**env_kwargs)
+    job = lambda seed, episode_id: scene(env, np.random.default_rng(seed), episode_id, num_poses, image_format)  # noqa: E731
+
+
+def _scene(item):
+    return job(*item)
+
+
+def record(args):
+    """Write the scenes of `args`; a scene depends on (seed, its number) alone. Returns the path of the .h5."""
+    final = Path(args.output) / "trajectory.h5"
+    if final.exists():
+        raise FileExistsError(f"{final} exists and is never overwritten; use another --output")
+    if args.num_scenes < 1 or args.poses_per_scene < 1:
+        raise ValueError(f"num_scenes = {args.num_scenes} and poses_per_scene = {args.poses_per_scene} must be >= 1")
+    env_kwargs = {key: getattr(args, key) for key in ("task", "split", "assets", "image_size", "sim_freq")}
+    env_kwargs |= {"solver_iterations": args.solver_iterations, "fidelity": args.fidelity}
+    check_env_args(*env_kwargs.values())
+    final.parent.mkdir(parents=True, exist_ok=True)
+    ids = training_ids(args.task, args.split, args.num_scenes, np.random.default_rng(args.seed), args.fidelity)
+    settings = {k: v for k, v in asdict(args).items() if k not in ("output", "num_workers")}
+    temporary, episodes, answers, start = final.with_suffix(".tmp"), [], [], time.time()
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # software Vulkan would start a thread per core in every worker
+    pool = multiprocessing.get_context("spawn").Pool(
+        args.num_workers or len(os.sched_getaffinity(0)), _start,
+        (env_kwargs | {"shader_pack": args.shader_pack}, args.poses_per_scene, args.image_format),
+    )  # fmt: skip
+    with pool, h5py.File(temporary, "w") as file:
+        jobs = pool.imap(_scene, [([args.seed, k], int(i)) for k, i in enumerate(ids)], chunksize=8)
+        for k, (frames, labels, text) in enumerate(tqdm(jobs, total=len(ids), unit="scene")):
+            if not frames:
+                continue
+            batch = {"actions": labels[None], "labels": labels[None], "instructions": [text]}
+            batch |= {"frames": [[*frames, frames[-1]]]}  # an episode ends with a frame that has no action
+            batch |= {key: np.zeros((1, len(labels)), t) for key, t in (("success", bool), ("rewards", np.float32))}
+            write_episode(file, f"traj_{len(episodes)}", batch, 0, len(labels), int(ids[k]), args.seed)
+            entry = json.loads(file[f"traj_{len(episodes)}"].attrs["episode"])
+            episodes.append({"episode_id": len(episodes)} | entry)
+            answers.append(labels)
+    header = {
+        "source_type": "pointing", "source_desc": __doc__.splitlines()[0], "settings": settings, "episodes": episodes,
+        "statistics": {"action": action_statistics(np.concatenate(answers))},
+    }  # fmt: skip
+    os.replace(temporary, final)
+    text = final.with_suffix(".json.tmp")
+    text.write_text(json.dumps(header, indent=1))
+    os.replace(text, final.with_suffix(".json"))
+    print(f"{len(np.concatenate(answers))} pictures of {len(episodes)} scenes in {(time.time() - start) / 60:.1f} min")
+    return final
+
+
+if __name__ == "__main__":
+    record(tyro.cli(Args))

@@ -1,0 +1,63 @@
+"""Pointing scenes, the small model's pre-training data, on the real simulator."""
+
+import json
+
+import numpy as np
+import pytest
+
+from common.demos import load_demos
+from common.evaluate import held_out
+from common.pointing import Args, record
+
+ARGS = dict(poses_per_scene=8, num_workers=1)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pointing") / "main"
+    record(Args(output=str(path), num_scenes=4, **ARGS))
+    return path
+
+
+def test_answers_are_the_geometry_of_the_scene(path):
+    """Stops answers in another frame, an object that stays in the hand for the next pose, a held object elsewhere."""
+    data = load_demos(path)
+    answers = data.actions
+    assert 24 <= len(answers) <= 32 and answers.shape[1] == 7 and np.isfinite(answers).all()
+    between = answers[:, :3] - answers[:, 3:6]  # object - receptacle: the arm's pose drops out
+    num_held = 0
+    for number in range(4):
+        mine = data.episodes == number
+        rest = np.median(between[mine], axis=0)
+        moved = np.abs(between[mine] - rest).max(1) > 1e-4
+        in_hand = np.linalg.norm(answers[mine, :3], axis=1) < 0.03
+        assert not (moved & ~in_hand).any() and not answers[mine, 6][moved].any()
+        num_held += moved.sum()
+    assert 4 <= num_held <= 16
+    assert np.abs(answers[:, 6]).max() <= 1.0 and np.ptp(answers[:, :2]) > 0.1
+
+
+def test_pictures_differ_and_scenes_are_for_training(path):
+    """Stops one picture for all poses (a renderer that is not updated), and evaluation scenes in the data."""
+    data = load_demos(path)
+    pictures = data.images.reshape(len(data.images), -1).astype(int)
+    first = np.flatnonzero(data.episodes == 0)
+    assert min(np.abs(pictures[a] - pictures[b]).mean() for a, b in zip(first, first[1:], strict=False)) > 0.2
+    assert not held_out("main", "train", data.episode_ids).any()
+    assert json.loads((path / "trajectory.json").read_text())["settings"]["image_size"] == [160, 120]
+
+
+def test_a_scene_depends_on_seed_and_number_alone(path, tmp_path):
+    """Stops data that change with the number of scenes or workers; and a second call that overwrites the first."""
+    with pytest.raises(FileExistsError, match="never overwritten"):
+        record(Args(output=str(path), **ARGS))
+    record(Args(output=str(tmp_path / "again"), num_scenes=2, **ARGS))
+    again, data = load_demos(tmp_path / "again"), load_demos(path)
+    assert np.array_equal(again.actions, data.actions[: len(again.actions)])
+    assert np.array_equal(again.images, data.images[: len(again.images)])
+
+
+def test_refused_before_anything_starts(tmp_path):
+    """Stops an empty file after minutes of simulation."""
+    with pytest.raises(ValueError, match="num_scenes = 0"):
+        record(Args(output=str(tmp_path), num_scenes=0))
