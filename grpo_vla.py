@@ -6,12 +6,11 @@
     python grpo_vla.py --resume runs/NAME                  # continues exactly
     python grpo_vla.py --group-size 64 --advantage stepwise  # GRPO (s) of the paper's code; --no-same-state: its GRPO
 
-No critic: `group_size` environments begin every episode in the same state, and an episode's advantage is how much it
-did better than its group. Differences from ppo_vla.py, whose departures from the paper's code hold here too:
+No critic: an episode's advantage is how much better it did than the others of its group, which began in the same state.
+All else is ppo_vla.py, its departures from the paper's code too. What differs, explained in docs/grpo_vla.md:
  1. Advantages compare the returns of whole episodes (the paper's text) or the non-zero rewards of steps (its code).
  2. Groups without a difference, or that nearly always or never succeed, are left out of the update and counted.
  3. The clip is asymmetric, a KL penalty to the start optional; no value loss, discount or reset on success.
-How and why, and what others do: docs/grpo_vla.md.
 """
 
 import os
@@ -363,12 +362,13 @@ def main(args: Args):
 
         # --- advantages ---
         shape = -1, args.max_episode_steps, args.num_envs // args.group_size, args.group_size
-        rewards, successes = (x.view(shape) for x in runs.gather_envs(rewards, successes))  # of all ranks
+        rewards, successes = (x.view(shape).to(device) for x in runs.gather_envs(rewards, successes))  # of all ranks
         advantages = group_advantages(rewards, args.advantage == "stepwise")
         limits = (args.filter_low, args.filter_high) if args.same_state and args.advantage == "outcome" else (0, 1)
         weights = sample_weights(advantages, successes, limits, args.mask_after_success, args.length_norm)
+        kept, no_signal = (weights > 0).any(3).any(1), (advantages == 0).all(3).all(1)  # (E, K)
         index = torch.where(weights > 0, (weights > 0).flatten().cumsum(0).view(weights.shape) - 1, -1)
-        mine = [x.reshape(args.num_steps, -1)[:, env_numbers].flatten() for x in (advantages, weights, index)]
+        advantages, weights, index = (x.view(args.num_steps, -1)[:, env_numbers] for x in (advantages, weights, index))
         rollout_s = time.time() - start
 
         # --- update ---
@@ -380,18 +380,18 @@ def main(args: Args):
             "action_tokens": torch.cat(tokens),
             "logprobs": logprobs.flatten(),
             "ref_logprobs": ref_logprobs.flatten(),
-            "advantages": mine[0].to(device),
-            "weights": mine[1].to(device),
-            "index": mine[2].numpy(),
+            "advantages": advantages.flatten(),
+            "weights": weights.flatten(),
+            "index": index.flatten().cpu().numpy(),
         }
-        rng, kept = np.random.default_rng([args.seed, iteration]), (weights > 0).any(3).any(1)  # (E, K)
+        rng = np.random.default_rng([args.seed, iteration])
         metrics = update(model, optimizer, batch, args, rng, run_dir) if kept.any() else {"losses/num_updates": 0}
         update_s = time.time() - start - rollout_s
 
         # --- metrics ---
         parts = [part for rank_episodes in runs.gather_over_ranks(episodes) for part in rank_episodes]
         metrics |= {f"train/{name}": np.concatenate([part[name] for part in parts]).mean() for name in EPISODE_METRICS}
-        metrics["losses/frac_reward_zero_std"] = (advantages == 0).all(3).all(1).float().mean()
+        metrics["losses/frac_reward_zero_std"] = no_signal.float().mean()
         metrics["losses/frac_groups_dropped"] = 1 - kept.float().mean()
         metrics |= {"charts/iteration": iteration, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
         metrics |= {"charts/SPS": batch_size / (rollout_s + update_s), **logs.peak_memory()}

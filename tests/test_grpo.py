@@ -78,9 +78,10 @@ def test_a_group_without_differences_has_no_advantages(stepwise):
     groups = {
         "nothing": one_group([0.0] * 3, [0.0] * 3),
         "equal": one_group([0.0, 1.0, 0.0], [0.0, 1.0, 0.0]),
-        "another order": one_group(first.tolist(), second.tolist()) if not stepwise else one_group([0.1] * 3, [0.1] * 3),
     }
-    if stepwise:
+    if not stepwise:
+        groups["another order"] = one_group(first.tolist(), second.tolist())
+    else:
         groups["one reward"] = one_group([0.0, 1.0, 0.0], [0.0] * 3)
         groups["equal, at other steps"] = one_group([0.0, 1.0, 0.0], [1.0, 0.0, 0.0])
     for name, rewards in groups.items():
