@@ -71,7 +71,7 @@ def test_stepwise_advantages_are_the_published_ones():
 
 @pytest.mark.parametrize("stepwise", [False, True])
 def test_a_group_without_differences_has_no_advantages(stepwise):
-    """Stops NaN, and rounding blown up to advantages of 1: the same outcome reached in another order of rewards."""
+    """Stops NaN, and rounding that passes for a difference: the same outcome reached in another order of rewards."""
     first = np.diff(np.float32([0, 0.1, 0.2, 1.2]))  # grasped, held, success: differences of the potential, as rewarded
     second = np.diff(np.float32([0, 0.1, 1.1, 1.2]))
     assert first.sum(dtype=np.float64) != second.sum(dtype=np.float64)
@@ -407,7 +407,7 @@ class Planted:
         return images, instructions
 
     def step(self, actions):
-        self.actions.append(np.array(actions))
+        self.actions.append(np.asarray(actions).copy())
         images, _, ended, infos = self.envs.step(actions)
         success = self.actions[-1][:, 1] > 0
         return images, 10 * self.actions[-1][:, 0].astype(np.float32), ended, infos | {"success": success}
