@@ -270,7 +270,7 @@ def main(args: Args):
     rendering = args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
     check_env_args(args.task, args.split, args.assets, *rendering)
     check_renderer("gpu" if args.sim_device == "cuda" else "cpu")
-    from common.vla import load_vla, save_vla, start_policy  # 4 s that bad input need not wait for
+    from common.vla import load_vla, save_vla  # 4 s that bad input and the simulator's processes need not wait for
 
     device = runs.setup_ranks(args.device)
     rank, world_size = runs.rank_and_world_size()
@@ -297,7 +297,7 @@ def main(args: Args):
         state = runs.load_training_state(checkpoint, device)
         optimizer.load_state_dict(state["optimizer"])
         progress = state["progress"]
-    reference = start_policy(model, *progress["start"]) if args.kl_coef > 0 else None
+    reference = runs.start_policy(model, *progress["start"]) if args.kl_coef > 0 else None
 
     # --- environments, logger, checkpoints, evaluation ---
     num_envs = args.num_envs // world_size

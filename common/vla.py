@@ -30,7 +30,7 @@ from common import checkpoints
 from common.checkpoints import save_vla
 from common.vision import MLP, ConvStem, TwinTowers
 
-__all__ = ["VLA", "Backbone", "load_vla", "save_vla", "start_policy"]
+__all__ = ["VLA", "Backbone", "load_vla", "save_vla"]
 
 PROMPT = "In: What action should the robot take to {}?\nOut: "  # the final space is a token of its own
 ACTION_DIM = 7
@@ -316,13 +316,3 @@ def load_vla(
     if source.value_file and value_head:
         checkpoints.fill_value(model)
     return model if trainable else model.requires_grad_(False)
-
-
-def start_policy(model, name_or_path, adapter=None, seed=0):
-    """-> function that makes a context: the frozen policy that `load_vla` made of these before `model` was trained."""
-    if hasattr(model.backbone, "peft_config") and checkpoints.locate(str(name_or_path), adapter).adapter is None:
-        return model.reference
-    # All weights are trained, or the adapter was there before: only a copy is the start.
-    settings = dict(adapter=adapter, seed=seed, separate_critic=False, value_head=False, trainable=False)
-    frozen = load_vla(name_or_path, model.device, model.dtype, **settings)
-    return lambda: contextlib.nullcontext(frozen)

@@ -19,7 +19,7 @@ import grpo_vla
 import ppo_vla
 from common import runs
 from common.vec_env import make_envs
-from common.vla import load_vla, save_vla, start_policy
+from common.vla import load_vla, save_vla
 from grpo_vla import Args, group_advantages, kl_to_reference, policy_loss, sample_weights, update
 
 ROOT = Path(__file__).parent.parent
@@ -376,7 +376,7 @@ def test_start_policy_is_the_start(tmp_path):
     save_vla(adapted, tmp_path / "adapted")
     for name, rank, copied in (("tiny", 2, False), ("tiny", 0, True), (tmp_path / "adapted", 2, True)):
         model = load_vla(name, lora_rank=rank, value_head=False)
-        expected, reference = logprobs_of(model), start_policy(model, name)
+        expected, reference = logprobs_of(model), runs.start_policy(model, name)
         change(model)
         with reference() as start:
             assert (start is not model) == copied
@@ -545,19 +545,20 @@ def test_resume_is_exact(train):
 TWO_RANKS = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
-import grpo_vla, test_grpo
-make_envs = grpo_vla.make_envs
-grpo_vla.make_envs = lambda *args, **kwargs: test_grpo.Planted(make_envs(*args, **kwargs))
-grpo_vla.main(grpo_vla.Args(**test_grpo.SMALL, name="two", num_iterations=1, mask_after_success=True))
+if __name__ == "__main__":  # the environments' processes import this file
+    import grpo_vla, test_grpo
+    make_envs = grpo_vla.make_envs
+    grpo_vla.make_envs = lambda *args, **kwargs: test_grpo.Planted(make_envs(*args, **kwargs))
+    grpo_vla.main(grpo_vla.Args(**test_grpo.SMALL | {settings} | dict(name="two")))
 """
 
 
 def test_two_ranks_make_the_update_of_one(train, tmp_path):
     """Stops torchrun from being another algorithm, with a group on both ranks: same rollout, same weights."""
-    settings = dict(num_iterations=1, mask_after_success=True)
-    one = train("one", **settings, group_size=4)
-    script = TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / "tests"))
-    (tmp_path / "two.py").write_text(script.replace("test_grpo.SMALL", "test_grpo.SMALL | dict(group_size=4)"))
+    settings = dict(num_iterations=1, mask_after_success=True, group_size=4)
+    one = train("one", **settings)
+    script = TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / "tests"), settings=settings)
+    (tmp_path / "two.py").write_text(script)
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "two.py"],
         cwd=tmp_path, env=os.environ, check=True, timeout=550,
