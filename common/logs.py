@@ -64,6 +64,7 @@ STATUS = (  # key, text; a script without the key shows nothing
     ("train/success_at_end", " | success {:.2f}"),
     ("train/success_once", " (once {:.2f})"),
     ("train/return", " | return {:.2f}"),
+    ("losses/frac_groups_dropped", " | groups dropped {:.2f}"),
     ("losses/approx_kl", " | kl {:.4f}"),
     ("losses/clipfrac", " | clipfrac {:.2f}"),
     ("charts/SPS", " | {:.0f} steps/s"),
@@ -164,7 +165,7 @@ def plan(settings, default, model_name):
             f"model: {model_name}, {'local' if local else f'downloads {total * 2 / 1e9:.0f} GB'}, {s.dtype}, "
             f"{total / 1e6:,.1f} M parameters, trains {trained / 1e6:,.1f} M",
             "memory estimate"
-            + (", x 2 but the images for the separate critic: " if s.separate_critic else ": ")
+            + (", x 2 but the images for the separate critic: " if settings.get("separate_critic") else ": ")
             + ", ".join(f"{key} {size / 1e9:.2f} GB" for key, size in gigabytes.items()),
         ]
     )

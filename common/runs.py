@@ -4,6 +4,7 @@ Without torchrun there is one rank, and functions over ranks return their input.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -77,6 +78,18 @@ def choose_key(norm_stats, unnorm_key):
     if unnorm_key in known or (not unnorm_key and len(known) == 1):
         return unnorm_key or known[0]
     raise ValueError(f"unnorm_key = {unnorm_key!r} must be one of the model's {len(known)} keys; use one of {known}")
+
+
+def start_policy(model, name_or_path, adapter=None, seed=0):
+    """-> function that makes a context: the frozen policy that `load_vla` made of these before `model` was trained."""
+    from common import checkpoints, vla  # slow to import
+
+    if hasattr(model.backbone, "peft_config") and checkpoints.locate(str(name_or_path), adapter).adapter is None:
+        return model.reference
+    # All weights are trained, or the adapter was there before: only a copy is the start.
+    settings = dict(adapter=adapter, seed=seed, separate_critic=False, value_head=False, trainable=False)
+    frozen = vla.load_vla(name_or_path, model.device, model.dtype, **settings)
+    return lambda: contextlib.nullcontext(frozen)
 
 
 # --- ranks of torchrun ---
