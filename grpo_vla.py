@@ -46,6 +46,7 @@ class Args:
     # environment
     task: str = "main"  # a row of common/tasks.py; evaluation during training is on the same task
     split: Literal["train", "test", "all"] = "train"  # its configurations
+    episode_ids: tuple[int, ...] = ()  # train and evaluate on these alone: a check of the algorithm; empty = all [D]
     assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
     num_envs: int = 64  # over all ranks [P]
     max_episode_steps: int = 40  # control steps of 0.2 s; the expert needs 26; [P] 80 [M]
@@ -63,6 +64,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls and frozen weights; trained weights stay float32
     lora_rank: int = 0  # 0 = train all weights; [P] 32
     lora_targets: Literal["all", "llm"] = "all"  # linear layers with LoRA [P] all
+    freeze_vision: bool = True  # vision and projector are not trained [M]; [P] trained, by LoRA
     activation_checkpointing: bool = False  # less memory, about 30 % slower updates [D]
     temperature: float = 1.0  # of the policy in rollouts and updates, sampled from and scored alike [P]
     # evaluation and checkpoints
@@ -104,9 +106,9 @@ PRESETS = {
     "paper": Args(
         preset="paper", assets="bridge", max_episode_steps=80, image_size=(640, 480), sim_freq=500,
         solver_iterations=15, fidelity="published", shader_pack="default", sim_device="cuda",
-        model="openvla/openvla-7b", unnorm_key="bridge_orig", dtype="bfloat16", lora_rank=32, num_iterations=391,
-        num_steps=80, group_size=64, same_state=False, advantage="stepwise", num_minibatches=32, micro_batch_size=8,
-        clip_high=0.2, pg_coef=7.0, recompute_logprobs=True, ratio_tolerance=0.5,
+        model="openvla/openvla-7b", unnorm_key="bridge_orig", dtype="bfloat16", lora_rank=32, freeze_vision=False,
+        num_iterations=391, num_steps=80, group_size=64, same_state=False, advantage="stepwise", num_minibatches=32,
+        micro_batch_size=8, clip_high=0.2, pg_coef=7.0, recompute_logprobs=True, ratio_tolerance=0.5,
     ),
 }  # fmt: skip
 
@@ -284,6 +286,7 @@ def main(args: Args):
     model = load_vla(
         checkpoint or model_name, device, getattr(torch, args.dtype), args.lora_rank, args.lora_targets,
         adapter=None if checkpoint else args.adapter or None, separate_critic=False, value_head=False, seed=args.seed,
+        freeze_vision=args.freeze_vision,
     )  # fmt: skip
     model.backbone.activation_checkpointing = args.activation_checkpointing
     unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key)
@@ -323,7 +326,8 @@ def main(args: Args):
     def evaluation():
         """The in-distribution list; the best checkpoint is chosen here and on nothing else."""
         inputs = args.task, args.split, args.eval_episodes, args.eval_temperature, unnorm_key
-        metrics = evaluate(model, envs, *inputs, run_dir / "videos" / f"{progress['iteration']:06d}", args.num_videos)
+        video = run_dir / "videos" / f"{progress['iteration']:06d}"
+        metrics = evaluate(model, envs, *inputs, video, args.num_videos, args.episode_ids)
         progress["evaluations"].append(metrics[f"eval/{args.task}/success_at_end"])
         if progress["evaluations"][-1] >= max(progress["evaluations"]):
             save("best")
@@ -340,7 +344,7 @@ def main(args: Args):
         generators = [torch.Generator().manual_seed(int(rng.integers(2**62))) for rng in rngs]
         if args.same_state:  # members of a group draw the same episodes, each from a copy of the group's stream
             rngs = [np.random.default_rng((args.seed, iteration, n // args.group_size, 1)) for n in env_numbers]
-        draw = lambda rng: training_ids(args.task, args.split, 1, rng, args.fidelity)  # noqa: E731
+        draw = lambda rng: training_ids(args.task, args.split, 1, rng, args.fidelity, args.episode_ids)  # noqa: E731
         images, instructions = envs.reset(np.concatenate([draw(rng) for rng in rngs]))
         obs, texts, tokens, episodes = [], [], [], []
         logprobs, ref_logprobs, rewards, successes = torch.zeros(4, args.num_steps, num_envs, device=device)  # (T, N)
