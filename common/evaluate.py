@@ -83,8 +83,9 @@ def run_episodes(policy, envs, episode_ids, record=0):
         policy(images (M, H, W, 3) uint8, instructions list[str] (M,), rows (M,) int) -> actions (M, 7) float32;
             rows are the positions of these episodes in `episode_ids`.
         episode_ids: (E,) int64; record: keep the frames of the first `record` episodes.
-    Returns: dict of (E,) arrays success_at_end, success_once, grasped, held (bool), return (float32), instruction
-        (str), and "frames": {row: list of (H, W, 3) uint8, the first one before any action}.
+    Returns: dict of (E,) arrays success_at_end, success_once, grasped, held (bool), return (float32), success_steps
+        (int: of the lasting success at the end), instruction (str), and "frames": {row: list of (H, W, 3) uint8, the
+        first one before any action}.
     """
     episode_ids = np.asarray(episode_ids, dtype=np.int64)
     batches, frames = [], {row: [] for row in range(min(record, len(episode_ids)))}
@@ -93,16 +94,18 @@ def run_episodes(policy, envs, episode_ids, record=0):
         # The last batch may be short: its idle environments repeat an episode, get zero actions and are not counted.
         images, instructions = envs.reset(np.resize(episode_ids[rows], envs.num_envs))
         n = len(rows)
-        actions, dones = np.zeros((envs.num_envs, 7), np.float32), np.zeros(envs.num_envs, bool)
+        actions, dones, steps = np.zeros((envs.num_envs, 7), np.float32), np.zeros(envs.num_envs, bool), 0
         while not dones.all():
             for row in frames.keys() & set(rows.tolist()):
                 frames[row].append(images[row - first])
             actions[:n] = policy(images[:n], instructions[:n], rows)
             images, _, dones, infos = envs.step(actions)
+            steps = (steps + 1) * infos["success"]
         for row in frames.keys() & set(rows.tolist()):
             frames[row].append(images[row - first])
         batch = {key: infos[key][:n] for key in ("success_once", "grasped", "held", "return")}
-        batches.append(batch | {"success_at_end": infos["success"][:n], "instruction": np.array(instructions[:n])})
+        batch |= {"success_at_end": infos["success"][:n], "success_steps": steps[:n]}
+        batches.append(batch | {"instruction": np.array(instructions[:n])})
     return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]} | {"frames": frames}
 
 

@@ -278,18 +278,25 @@ class VLA(nn.Module):
         return {g: [p for m in ms for p in m.parameters() if p.requires_grad] for g, ms in groups.items()}
 
     @contextlib.contextmanager
-    def reference(self):
-        """Adapters off inside: the policy before LoRA training."""
+    def reference(self, weights=None):
+        """Adapters off inside: the policy before LoRA training. Or weights: {name: tensor}, which take the places of
+        the trained ones one by one, while those wait on the host: the device never holds two models."""
         layers = [m for m in self.modules() if isinstance(m, BaseTunerLayer)]
-        if not layers:
-            raise ValueError("reference() needs LoRA; without it, load_vla the reference as a second model")
+        if not layers and weights is None:
+            raise ValueError("reference() needs LoRA; without it, pass the reference's weights")
+        trained = {} if weights is None else {n: p for n, p in self.backbone.named_parameters() if p.requires_grad}
+        kept = {}
         try:
-            for layer in layers:
+            for layer in layers if weights is None else ():
                 layer.enable_adapters(False)
+            for name, p in trained.items():
+                kept[name], p.data = p.data.cpu(), weights[name].to(p.device, p.dtype)
             yield self
         finally:
-            for layer in layers:
+            for layer in layers if weights is None else ():
                 layer.enable_adapters(True)
+            for name, tensor in kept.items():
+                trained[name].data = tensor.to(trained[name].device)
 
 
 def load_vla(
