@@ -67,6 +67,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls and frozen weights; trained weights stay float32
     lora_rank: int = 0  # 0 = train all weights; [P] 32
     lora_targets: Literal["all", "llm"] = "all"  # linear layers with LoRA [P] all
+    freeze_vision: bool = True  # vision and projector are not trained [M]; [P] trained, by LoRA
     activation_checkpointing: bool = False  # less memory, about 30 % slower updates [D]
     temperature: float = 1.0  # of the policy in rollouts and updates, sampled from and scored alike [P]
     # evaluation and checkpoints
@@ -99,8 +100,8 @@ PRESETS = {
     "paper": Args(
         preset="paper", assets="bridge", max_episode_steps=80, image_size=(640, 480), sim_freq=500,
         solver_iterations=15, fidelity="published", shader_pack="default", sim_device="cuda",
-        model="openvla/openvla-7b", unnorm_key="bridge_orig", dtype="bfloat16", lora_rank=32, num_iterations=391,
-        num_steps=80, pairs_per_batch=1, micro_batch_size=8,
+        model="openvla/openvla-7b", unnorm_key="bridge_orig", dtype="bfloat16", lora_rank=32, freeze_vision=False,
+        num_iterations=391, num_steps=80, pairs_per_batch=1, micro_batch_size=8,
     ),
 }  # fmt: skip
 
@@ -306,9 +307,10 @@ def main(args: Args):
     model = load_vla(
         checkpoint or model_name, device, getattr(torch, args.dtype), args.lora_rank, args.lora_targets,
         adapter=None if checkpoint else args.adapter or None, separate_critic=False, value_head=False, seed=args.seed,
+        freeze_vision=args.freeze_vision,
     )  # fmt: skip
     model.backbone.activation_checkpointing = args.activation_checkpointing
-    unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key)
+    unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key, args.assets)
     params = {name: p for name, p in model.backbone.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=args.learning_rate, weight_decay=args.weight_decay)
     progress = {"iteration": 0, "seconds": 0.0, "evaluations": []}  # evaluations: success at end on the paired list

@@ -149,14 +149,14 @@ def model_policy(model, unnorm_key, temperature, instructions, seeds, block_size
 # --- one task ---
 def run_task(policy, envs, ids: np.ndarray, stem: str, progress) -> dict[str, np.ndarray]:
     """Outcomes (E,) per episode, see `run_episodes`; videos of the first success and the first failure."""
-    parts, missing, upscale = [], {"success": True, "failure": False}, max(1, 640 // envs.image_size[0])
+    parts, missing = [], {"success": True, "failure": False}
     for first in range(0, len(ids), envs.num_envs):
         shifted = lambda images, texts, rows, first=first: policy(images, texts, rows + first)  # noqa: E731
         part = run_episodes(shifted, envs, ids[first : first + envs.num_envs], record=envs.num_envs if missing else 0)
         frames = part.pop("frames")
         for outcome in [key for key, wanted in missing.items() if (part["success_at_end"] == wanted).any()]:
             row = int(np.argmax(part["success_at_end"] == missing.pop(outcome)))
-            write_video(f"{stem}-{outcome}.mp4", frames[row], part["instruction"][row], upscale)
+            write_video(f"{stem}-{outcome}.mp4", frames[row], part["instruction"][row])
         parts.append(part)
         progress(len(part["return"]))
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -216,8 +216,8 @@ def main(args: Args) -> None:
         bar.set_description(f"{name} {row}")
         if args.policy == "model" and loaded != name:
             model = load_vla(found[name][0], device, getattr(torch, args.dtype), value_head=False, trainable=False)
-            trained_key = {found[name][1].get("unnorm_key", "")} & set(model.norm_stats)
-            loaded, unnorm_key = name, choose_key(model.norm_stats, args.unnorm_key or "".join(trained_key))
+            key = args.unnorm_key or "".join({found[name][1].get("unnorm_key", "")} & set(model.norm_stats))
+            loaded, unnorm_key = name, choose_key(model.norm_stats, key, args.assets)
         if envs is None:  # after the model, whose errors come in seconds
             kwargs = env_kwargs | {"num_envs": min(args.num_envs, args.num_episodes), "num_workers": args.num_workers}
             envs = make_envs(task, split, device=kwargs.pop("sim_device"), **kwargs)

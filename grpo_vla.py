@@ -289,7 +289,7 @@ def main(args: Args):
         freeze_vision=args.freeze_vision,
     )  # fmt: skip
     model.backbone.activation_checkpointing = args.activation_checkpointing
-    unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key)
+    unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key, args.assets)
     params = {"policy": model.trainable_parameters()["policy"]}
     learning_rates = {"policy": args.learning_rate}
     groups = [{"params": params[name], "lr": lr} for name, lr in learning_rates.items()]
@@ -388,7 +388,7 @@ def main(args: Args):
             "weights": weights.flatten(),
             "index": index.flatten().cpu().numpy(),
         }
-        rng = np.random.default_rng([args.seed, iteration])
+        rng = np.random.default_rng((args.seed, iteration, args.num_envs))  # beyond the environments' numbers
         metrics = update(model, optimizer, batch, args, rng, run_dir) if kept.any() else {"losses/num_updates": 0}
         update_s = time.time() - start - rollout_s
 

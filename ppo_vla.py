@@ -81,7 +81,7 @@ class Args:
     # algorithm
     num_iterations: int = 300  # rollouts; [P] 2 M steps = 391
     num_steps: int = 160  # control steps per environment and rollout, a multiple of max_episode_steps [M]; [P] 80
-    partial_reset: bool = False  # success ends an episode (RLinf) [D]
+    reset_after_success: int = 0  # steps that success lasts until the episode ends [M]; 0 = never [P]; 1: RLinf
     learning_rate: float = 1e-4  # AdamW, policy [P]
     value_learning_rate: float = 1e-3  # AdamW, value head; [P] 3e-3 [M]
     anneal_lr: bool = False  # linear to 0 over the run; [P] constant
@@ -126,8 +126,8 @@ def check_args(args):
     positive = {name: getattr(args, name) for name in positive}
     runs.check_rollout(args.num_envs, args.num_steps, args.max_episode_steps, args.num_minibatches, **positive)
     runs.check_run(args.name, args.resume, args.track)
-    if args.partial_reset and args.sim_device == "cuda":
-        raise ValueError("partial_reset needs resets of single environments; use --sim-device cpu or leave it out")
+    if args.reset_after_success and args.sim_device == "cuda":
+        raise ValueError("reset_after_success needs resets of single environments; use --sim-device cpu, or 0")
 
 
 # --- advantages ---
@@ -295,7 +295,7 @@ def main(args: Args):
         separate_critic=args.separate_critic, seed=args.seed, freeze_vision=args.freeze_vision,
     )  # fmt: skip
     model.backbone.activation_checkpointing = args.activation_checkpointing
-    unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key)
+    unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key, args.assets)
     params = model.trainable_parameters()
     learning_rates = {"policy": args.learning_rate, "value": args.value_learning_rate}
     groups = [{"params": params[name], "lr": lr} for name, lr in learning_rates.items()]
@@ -350,6 +350,7 @@ def main(args: Args):
         images, instructions = envs.reset(np.concatenate([draw(rng) for rng in rngs]))
         obs, texts, tokens, episodes = [], [], [], []
         logprobs, values, rewards, dones = torch.zeros(4, args.num_steps, num_envs, device=device)  # each (T, N)
+        lasted = np.zeros(num_envs, dtype=int)  # steps of success so far
         for step in range(args.num_steps):
             inputs = model.fit_images(images)
             action_tokens, logprobs[step], values[step] = model.act(inputs, instructions, args.temperature, generators)
@@ -357,15 +358,16 @@ def main(args: Args):
             texts += instructions
             tokens.append(action_tokens)
             images, reward, ended, infos = envs.step(model.actions_from_tokens(action_tokens, unnorm_key))
-            ended = ended | infos["success"] if args.partial_reset else ended
+            lasted = (lasted + 1) * infos["success"]
+            ended = ended | (lasted >= args.reset_after_success) if args.reset_after_success else ended
             rewards[step], dones[step] = torch.as_tensor(reward), torch.as_tensor(ended)
             episodes.append({name: infos[key][ended] for name, key in EPISODE_METRICS.items()})
             if ended.any() and step + 1 < args.num_steps:
-                env_ids = np.flatnonzero(ended)
+                env_ids, lasted = np.flatnonzero(ended), lasted * ~ended
                 images, instructions = envs.reset(np.concatenate([draw(rngs[env_id]) for env_id in env_ids]), env_ids)
 
         # --- advantages ---
-        with torch.no_grad():  # without partial reset every episode ends with the rollout: nothing to bootstrap
+        with torch.no_grad():  # episodes of full length end with the rollout: nothing to bootstrap
             last_values = torch.zeros(num_envs, device=device) if ended.all() else model.value(images, instructions)
         advantages, returns = gae(rewards, values, dones, last_values, args.gamma, args.gae_lambda)
         all_advantages, all_values, all_returns = runs.gather_envs(advantages, values, returns)  # of all ranks
@@ -387,7 +389,8 @@ def main(args: Args):
             "returns": returns.flatten(),
             "index": (np.arange(args.num_steps)[:, None] * args.num_envs + env_numbers).flatten(),
         }
-        metrics = update(model, optimizer, batch, args, np.random.default_rng([args.seed, iteration]), run_dir)
+        rng = np.random.default_rng((args.seed, iteration, args.num_envs))  # beyond the environments' numbers
+        metrics = update(model, optimizer, batch, args, rng, run_dir)
         update_s = time.time() - start - rollout_s
 
         # --- metrics ---

@@ -139,8 +139,8 @@ def load_data(args, model):
     if args.statistics != "model":
         statistics = demos.statistics if args.statistics == "symmetric" else action_statistics(demos.actions, None)
         model.norm_stats.clear()
-        model.norm_stats[args.unnorm_key] = {"action": statistics}
-    unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key if args.statistics != "model" else "")
+        model.norm_stats[args.unnorm_key] = {"action": statistics, "assets": args.assets}
+    unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key if args.statistics != "model" else "", args.assets)
     data = {"images": demos.images, "actions": torch.as_tensor(demos.actions)}
     data["instructions"] = [demos.instructions[episode] for episode in demos.episodes]
     data["action_tokens"] = model.tokens_from_actions(demos.actions, unnorm_key)

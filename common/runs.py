@@ -72,12 +72,16 @@ def check_run(name, resume, track):
         raise ValueError("track = True needs the package wandb; pip install wandb, or leave --track out")
 
 
-def choose_key(norm_stats, unnorm_key):
-    """unnorm_key, or the only key of norm_stats when it is empty."""
+def choose_key(norm_stats, unnorm_key, assets=""):
+    """unnorm_key, or the only key of norm_stats when it is empty; ValueError when its data show other assets."""
     known = sorted(norm_stats)
-    if unnorm_key in known or (not unnorm_key and len(known) == 1):
-        return unnorm_key or known[0]
-    raise ValueError(f"unnorm_key = {unnorm_key!r} must be one of the model's {len(known)} keys; use one of {known}")
+    if not (unnorm_key in known or (not unnorm_key and len(known) == 1)):
+        raise ValueError(f"unnorm_key = {unnorm_key!r} is none of the model's {len(known)} keys; use one of {known}")
+    key = unnorm_key or known[0]
+    if (seen := norm_stats[key].get("assets", assets)) != assets:
+        fix = f"use --assets {seen}, or another --model"
+        raise ValueError(f"the model has seen assets = {seen} only, its success with {assets!r} would be 0; {fix}")
+    return key
 
 
 def start_policy(model, name_or_path, adapter=None, seed=0):

@@ -485,8 +485,11 @@ def test_smoke_with_all_files(train, capsys):
     assert eval_ood.find_model(str(run_dir))[1]["max_episode_steps"] == 2
     start, trained = load_vla("tiny", seed=1, value_head=False), load_vla(checkpoint, value_head=False)
     assert trained.value_head is None and not trained.trainable_parameters()["value"]
-    moved = [not torch.equal(a, b) for a, b in zip(start.parameters(), trained.parameters(), strict=True)]
-    assert np.mean(moved) > 0.9, "most weights must have moved"
+    pairs_of_weights = zip(start.named_parameters(), trained.parameters(), strict=True)
+    moved = {name: not torch.equal(a, b) for (name, a), b in pairs_of_weights}
+    eyes = [name for name in moved if "vision_backbone" in name or "projector" in name]
+    assert eyes and not any(moved.pop(name) for name in eyes), "freeze_vision: they must not move"
+    assert np.mean(list(moved.values())) > 0.9, "most other weights must have moved"
 
 
 def test_checkpoints_go_to_ppo_and_come_from_it(train, tmp_path):

@@ -285,7 +285,7 @@ def test_presets_parse_and_are_the_papers(monkeypatch, capsys):
         (dict(assets="no_pack"), "no_pack"),
         (dict(model="no/such/model"), "no/such/model"),
         (dict(name="taken"), "runs/taken holds a run"),
-        (dict(partial_reset=True, sim_device="cuda"), "partial_reset needs .* use --sim-device cpu"),
+        (dict(reset_after_success=3, sim_device="cuda"), "reset_after_success needs .* use --sim-device cpu"),
     ],
 )
 def test_bad_args_are_refused_before_anything_is_loaded(settings, message, tmp_path, monkeypatch):
@@ -358,8 +358,11 @@ def test_smoke_with_all_files(train, capsys):
     assert (run_dir / "curve.png").exists() and len(list((run_dir / "videos").glob("*.mp4"))) >= 2
     assert [path.name for path in run_dir.glob("checkpoint-*")] == ["checkpoint-000002"] and any(run_dir.glob("best-*"))
     start, trained = load_vla("tiny", seed=1), load_vla(runs.find_checkpoint(run_dir))
-    moved = [not torch.equal(a, b) for a, b in zip(start.parameters(), trained.parameters(), strict=True)]
-    assert np.mean(moved) > 0.9, "most weights must have moved"
+    pairs = zip(start.named_parameters(), trained.parameters(), strict=True)
+    moved = {name: not torch.equal(a, b) for (name, a), b in pairs}
+    eyes = [name for name in moved if "vision_backbone" in name or "projector" in name]
+    assert eyes and not any(moved.pop(name) for name in eyes), "freeze_vision: they must not move"
+    assert np.mean(list(moved.values())) > 0.9, "most other weights must have moved"
 
 
 @pytest.mark.parametrize(
@@ -370,7 +373,7 @@ def test_smoke_with_all_files(train, capsys):
         dict(separate_critic=True),
         dict(ratio_level="token", update_epochs=2, anneal_lr=True),
         dict(gamma=1.0, gae_lambda=1.0, norm_adv=False, value_clip_coef=0.0, target_kl=0.03),
-        dict(partial_reset=True, recompute_logprobs=True, activation_checkpointing=True),
+        dict(reset_after_success=1, recompute_logprobs=True, activation_checkpointing=True),
     ],
     ids=lambda settings: "-".join(settings),
 )

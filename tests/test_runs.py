@@ -85,6 +85,15 @@ def test_unnorm_key():
             runs.choose_key(stats, key)
 
 
+def test_model_of_another_asset_pack():
+    """Stops hours of training or evaluation of a model that has never seen these bodies."""
+    stats = {"cleanvla": {"assets": "primitive"}, "bridge_orig": {}}
+    assert runs.choose_key(stats, "cleanvla", "primitive") == "cleanvla"
+    assert runs.choose_key(stats, "bridge_orig", "bridge") == "bridge_orig", "published models do not say"
+    with pytest.raises(ValueError, match="assets = primitive only.*'bridge'.*use --assets primitive"):
+        runs.choose_key(stats, "cleanvla", "bridge")
+
+
 # --- checkpoints ---
 def write_weights(directory):
     directory.mkdir()
