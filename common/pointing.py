@@ -5,8 +5,9 @@
 OpenVLA starts from a vision-language model that knows where things are; the small model learns it here, without one
 robot action. A scene of the training configurations is drawn with the arm at `poses_per_scene` random poses, in a third
 of them with the object in hand, and the answer is seven numbers, scored by the same tokens as an action:
-    0:3 object centre - TCP, 3:6 receptacle - TCP (metres, base axes), 6 turn that lays the fingers along the object's
-    narrow side (units of 100 degrees)
+    0:3 object centre - TCP, 3:5 receptacle - TCP (metres, base axes), 5:7 m cos 2 a, m sin 2 a: the angle a from the
+    fingers' closing axis to the object's short horizontal axis, and its elongation m = 1 - short / long side
+A turn itself would jump between +-90 degrees, and mean nothing for round objects; these two numbers do neither.
 Stored like demonstrations (common/demos.py), one episode per scene, so that sft_vla.py trains on it; nothing to replay.
 """
 
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from common.demos import action_statistics, encode_image, write_episode
 from common.env import CAMERA, check_env_args
 from common.evaluate import training_ids
-from common.expert import grasp, quat_to_matrix
+from common.expert import quat_to_matrix
 
 LOW, HIGH = (-0.33, -0.18, 0.885), (-0.05, 0.22, 1.05)  # metres, world: where the TCP can be in view
 FINGERS_M = (0.015, 0.026, 0.037)  # closed, around an object at most, open
@@ -52,14 +53,17 @@ class Args:
     image_format: Literal["jpeg", "png"] = "jpeg"  # jpeg: quality 95
 
 
-def answer(state, held):
-    """(7,) float32, see the module, of one environment's `privileged_state`; a held object needs no turn."""
-    box, rotation = state["object_bbox"], quat_to_matrix(state["object_pose"][:, 3:])
-    centre = state["object_pose"][:, :3] + np.einsum("nij,nj->ni", rotation, box.mean(1))
-    tcp, base = state["tcp_pose"], quat_to_matrix(state["base_pose"][:, 3:])[0]
-    turn = grasp(rotation, (box[:, 1] - box[:, 0]) / 2, quat_to_matrix(tcp[:, 3:])[:, :, 1])
-    offsets = (centre - tcp[:, :3])[0] @ base, (state["plate_pose"] - tcp)[0, :3] @ base
-    return np.float32([*offsets[0], *offsets[1], 0.0 if held else np.rad2deg(turn[0]) / 100])
+def answer(state):
+    """(7,) float32, see the module, of one environment's `privileged_state`."""
+    box, rotation = state["object_bbox"][0], quat_to_matrix(state["object_pose"][:, 3:])[0]
+    tcp, base = state["tcp_pose"][0], quat_to_matrix(state["base_pose"][:, 3:])[0]
+    centre = state["object_pose"][0, :3] + rotation @ box.mean(0)
+    sides, vertical = box[1] - box[0], np.abs(rotation[2]).argmax()
+    short, long = sorted(set(range(3)) - {vertical}, key=lambda axis: sides[axis])
+    closing = quat_to_matrix(tcp[None, 3:])[0, :, 1]
+    angle = np.arctan2(*rotation[1::-1, short]) - np.arctan2(*closing[1::-1])
+    lie = (1 - sides[short] / sides[long]) * np.array([np.cos(2 * angle), np.sin(2 * angle)])
+    return np.float32([*(centre - tcp[:3]) @ base, *((state["plate_pose"][0] - tcp)[:3] @ base)[:2], *lie])
 
 
 def place_arm(env, rng, mode):
@@ -106,7 +110,7 @@ def scene(env, rng, episode_id, num_poses, image_format):
         if place_arm(env, rng, mode):
             image = env._get_obs_with_sensor_data({})["sensor_data"][CAMERA]["rgb"][0].numpy()
             frames.append(encode_image(image, image_format))
-            answers.append(answer(env.privileged_state(), mode == "held"))
+            answers.append(answer(env.privileged_state()))
     return frames, np.array(answers, np.float32).reshape(-1, 7), env.instructions()[0]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from common.demos import load_demos
 from common.evaluate import held_out
-from common.pointing import Args, record
+from common.pointing import Args, answer, record
 
 ARGS = dict(poses_per_scene=8, num_workers=1)
 
@@ -24,17 +24,32 @@ def test_answers_are_the_geometry_of_the_scene(path):
     data = load_demos(path)
     answers = data.actions
     assert 24 <= len(answers) <= 32 and answers.shape[1] == 7 and np.isfinite(answers).all()
-    between = answers[:, :3] - answers[:, 3:6]  # object - receptacle: the arm's pose drops out
+    between = answers[:, :2] - answers[:, 3:5]  # object - receptacle: the arm's pose drops out
     num_held = 0
     for number in range(4):
         mine = data.episodes == number
-        rest = np.median(between[mine], axis=0)
+        away = np.linalg.norm(answers[mine, :3], axis=1) > 0.03
+        rest = between[mine][away][0]
         moved = np.abs(between[mine] - rest).max(1) > 1e-4
-        in_hand = np.linalg.norm(answers[mine, :3], axis=1) < 0.03
-        assert not (moved & ~in_hand).any() and not answers[mine, 6][moved].any()
+        assert not (moved & away).any()
+        assert np.ptp(np.linalg.norm(answers[mine, 5:], axis=1)) < 0.1, "the elongation is the object's alone"
         num_held += moved.sum()
     assert 4 <= num_held <= 16
-    assert np.abs(answers[:, 6]).max() <= 1.0 and np.ptp(answers[:, :2]) > 0.1
+    assert np.abs(answers[:, 5:]).max() <= 1.0 and np.ptp(answers[:, :2]) > 0.1
+
+
+def test_lie_of_an_object_by_hand():
+    """Stops a sine of the wrong sign, the long axis in place of the short one, and corners of round objects."""
+    q = lambda degrees: [np.cos(np.deg2rad(degrees) / 2), 0, 0, np.sin(np.deg2rad(degrees) / 2)]  # noqa: E731
+    down = [0.0, 1.0, 0.0, 0.0]  # half a turn about x: the closing axis y becomes -y
+    state = {"object_bbox": [[[-0.04, -0.01, -0.01], [0.04, 0.01, 0.01]]], "plate_pose": [[0.0, 0.1, 0.9, 1, 0, 0, 0]]}
+    state |= {"base_pose": [[0, 0, 0.9, 1, 0, 0, 0]], "tcp_pose": [[0.1, 0, 1.0, *down]]}
+    state = {key: np.array(value, float) for key, value in state.items()}
+    for degrees, lie in ((0, (0.75, 0)), (90, (-0.75, 0)), (45, (0, 0.75)), (-45, (0, -0.75)), (180, (0.75, 0))):
+        state["object_pose"] = np.array([[0.0, 0.0, 0.9, *q(degrees)]])
+        assert np.allclose(answer(state), [-0.1, 0, -0.1, -0.1, 0.1, *lie], atol=1e-6)
+    state["object_bbox"][0, :, :2] = [[-0.02, -0.02], [0.02, 0.02]]
+    assert np.allclose(answer(state)[5:], 0)
 
 
 def test_pictures_differ_and_scenes_are_for_training(path):

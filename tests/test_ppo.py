@@ -383,6 +383,16 @@ def test_ablations_run_one_iteration(train, settings):
     assert math.isfinite(rows[-1]["losses/policy_loss"]) and rows[-1]["losses/first_ratio_gap"] < 1e-3
 
 
+def test_fixed_episodes(train, simulator, monkeypatch):
+    """Stops the check on one configuration from training or evaluating on others."""
+    seen, reset = set(), simulator.reset
+    monkeypatch.setattr(simulator, "reset", lambda ids, *rows: (seen.update(map(int, ids)), reset(ids, *rows))[1])
+    train("fixed", num_iterations=1, episode_ids=(549270,))
+    assert seen == {549270}
+    train("all", num_iterations=1)
+    assert len(seen) > 4, "the check sees nothing"
+
+
 def test_value_warmup_and_lora_move_only_their_weights(train):
     """Stops the warm-up of a random critic from damaging the policy, and LoRA from touching the frozen weights."""
     warm = load_vla(runs.find_checkpoint(train("warm", num_iterations=1, value_warmup_iterations=1, eval_every=0)))
