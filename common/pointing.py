@@ -8,6 +8,7 @@ of them with the object in hand, and the answer is seven numbers, scored by the 
     0:3 object centre - TCP, 3:5 receptacle - TCP (metres, base axes), 5:7 m cos 2 a, m sin 2 a: the angle a from the
     fingers' closing axis to the object's short horizontal axis, and its elongation m = 1 - short / long side
 A turn itself would jump between +-90 degrees, and mean nothing for round objects; these two numbers do neither.
+A share of the scenes is varied: coloured noise as the table, tinted light, filler words around the instruction.
 Stored like demonstrations (common/demos.py), one episode per scene, so that sft_vla.py trains on it; nothing to replay.
 """
 
@@ -23,6 +24,7 @@ import h5py
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 from tqdm import tqdm
 
 from common.demos import action_statistics, encode_image, write_episode
@@ -33,6 +35,7 @@ from common.expert import quat_to_matrix
 LOW, HIGH = (-0.33, -0.18, 0.885), (-0.05, 0.22, 1.05)  # metres, world: where the TCP can be in view
 FINGERS_M = (0.015, 0.026, 0.037)  # closed, around an object at most, open
 MODES = ("anywhere", "near", "held")
+FILLERS = "please now you can could should would the this so and then it of for at with down up over".split()
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Args:
     output: str = "demos/pointing"  # directory of trajectory.h5 and .json; not one that exists
     num_scenes: int = 10000
     poses_per_scene: int = 8  # of the arm, one picture and answer each
+    varied: float = 0.5  # share of the scenes with noise as the table, tinted light and filler words
     task: str = "main"  # a row of common/tasks.py
     split: Literal["train", "test", "all"] = "train"  # its configurations; those kept for evaluation are never drawn
     seed: int = 0
@@ -99,9 +103,27 @@ def place_arm(env, rng, mode):
     return True
 
 
-def scene(env, rng, episode_id, num_poses, image_format):
+def noise_table(rng, width, height):
+    """(height, width, 3) uint8: coloured noise of a random grain and contrast around a random colour."""
+    cells = int(2 ** rng.uniform(0, 6))
+    noise = Image.fromarray(rng.integers(256, size=(-(-cells * 3 // 4), cells, 3)).astype(np.uint8))
+    noise = np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC)) - 127.5
+    return (rng.uniform(30, 225, 3) + rng.uniform(0, 1) * noise).clip(0, 255).astype(np.uint8)
+
+
+def with_fillers(text, rng):
+    """`text` with up to three filler words before and after it."""
+    before, after = (" ".join(rng.choice(FILLERS, rng.integers(4))) for _ in range(2))
+    return f"{before} {text} {after}".strip()
+
+
+def scene(env, rng, episode_id, num_poses, varied, image_format):
     """(frames, answers (P, 7) float32, instruction) of P <= num_poses arm poses in one scene."""
     env.reset(options={"episode_ids": [episode_id]})
+    text, tint, varied = env.instructions()[0], 1.0, rng.random() < varied
+    if varied:
+        env.backgrounds = torch.as_tensor(noise_table(rng, *env.image_size)[None])
+        text, tint = with_fillers(text, rng), rng.uniform(0.7, 1.1) * rng.uniform(0.85, 1.15, 3)
     robot, rest, object_pose = env.agent.robot._objs[0], env.agent.robot._objs[0].qpos, env._pose("object").clone()
     frames, answers = [], []
     for mode in rng.choice(MODES, num_poses):
@@ -109,18 +131,18 @@ def scene(env, rng, episode_id, num_poses, image_format):
         env._teleport_object(object_pose, False)
         if place_arm(env, rng, mode):
             image = env._get_obs_with_sensor_data({})["sensor_data"][CAMERA]["rgb"][0].numpy()
-            frames.append(encode_image(image, image_format))
+            frames.append(encode_image((image * tint).clip(0, 255).astype(np.uint8), image_format))
             answers.append(answer(env.privileged_state()))
-    return frames, np.array(answers, np.float32).reshape(-1, 7), env.instructions()[0]
+    return frames, np.array(answers, np.float32).reshape(-1, 7), text
 
 
-def _start(env_kwargs, num_poses, image_format):
+def _start(env_kwargs, *settings):
     global job
     from common.env import make_env
 
     torch.set_num_threads(1)
     env = make_env(**env_kwargs)
-    job = lambda seed, episode_id: scene(env, np.random.default_rng(seed), episode_id, num_poses, image_format)  # noqa: E731
+    job = lambda seed, episode_id: scene(env, np.random.default_rng(seed), episode_id, *settings)  # noqa: E731
 
 
 def _scene(item):
@@ -132,6 +154,8 @@ def record(args):
     final = Path(args.output) / "trajectory.h5"
     if final.exists():
         raise FileExistsError(f"{final} exists and is never overwritten; use another --output")
+    if not 0 <= args.varied <= 1:
+        raise ValueError(f"varied = {args.varied} is a share: it must be 0 to 1; use 0.5")
     if args.num_scenes < 1 or args.poses_per_scene < 1:
         raise ValueError(f"num_scenes = {args.num_scenes} and poses_per_scene = {args.poses_per_scene} must be >= 1")
     env_kwargs = {key: getattr(args, key) for key in ("task", "split", "assets", "image_size", "sim_freq")}
@@ -144,7 +168,7 @@ def record(args):
     os.environ.setdefault("LP_NUM_THREADS", "1")  # software Vulkan would start a thread per core in every worker
     pool = multiprocessing.get_context("spawn").Pool(
         args.num_workers or len(os.sched_getaffinity(0)), _start,
-        (env_kwargs | {"shader_pack": args.shader_pack}, args.poses_per_scene, args.image_format),
+        (env_kwargs | {"shader_pack": args.shader_pack}, args.poses_per_scene, args.varied, args.image_format),
     )  # fmt: skip
     with pool, h5py.File(temporary, "w") as file:
         jobs = pool.imap(_scene, [([args.seed, k], int(i)) for k, i in enumerate(ids)], chunksize=8)

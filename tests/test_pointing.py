@@ -7,7 +7,7 @@ import pytest
 
 from common.demos import load_demos
 from common.evaluate import held_out
-from common.pointing import Args, answer, record
+from common.pointing import Args, answer, noise_table, record, with_fillers
 
 ARGS = dict(poses_per_scene=8, num_workers=1)
 
@@ -76,3 +76,14 @@ def test_refused_before_anything_starts(tmp_path):
     """Stops an empty file after minutes of simulation."""
     with pytest.raises(ValueError, match="num_scenes = 0"):
         record(Args(output=str(tmp_path), num_scenes=0))
+
+
+def test_variation():
+    """Stops noise of one grain or colour only, and fillers that change the instruction itself."""
+    rng = np.random.default_rng(0)
+    tables = [noise_table(rng, 160, 120) for _ in range(20)]
+    assert all(table.shape == (120, 160, 3) and table.dtype == np.uint8 for table in tables)
+    assert np.std([table.mean() for table in tables]) > 10 and np.ptp([np.diff(t, axis=0).std() for t in tables]) > 5
+    texts = [with_fillers("put carrot on plate", rng) for _ in range(50)]
+    assert all(f" {text} ".count(" put carrot on plate ") == 1 and text == text.strip() for text in texts)
+    assert len(set(texts)) > 20 and max(len(text.split()) for text in texts) <= 10
