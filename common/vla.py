@@ -322,7 +322,7 @@ def load_vla(
         raise ValueError(f"value_input is {value_input!r}; use 'h0', 'hn' or 'concat'")
     if settings["separate_critic"] and settings["value_input"] != "h0":
         raise ValueError(f"separate_critic reads h0 of the prompt, not value_input = {value_input!r}; drop one of them")
-    masters = trainable and not lora_rank and (adapter is None or merge_adapter)
+    masters = trainable and not lora_rank and (source.adapter is None or merge_adapter)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with torch.device("meta" if source.weights else "cpu"):

@@ -97,6 +97,14 @@ def test_lora_saved_twice_keeps_its_base(tmp_path):
         load_vla(tmp_path / "second", lora_rank=8)
 
 
+def test_frozen_base_of_an_adapter_directory_stays_in_the_low_dtype(tmp_path):
+    """Stops a 7B base from being loaded in float32 when a run with an adapter is resumed or continued."""
+    save_vla(load_vla("tiny", lora_rank=2, value_head=False), tmp_path / "adapter")
+    model = load_vla(tmp_path / "adapter", dtype=torch.bfloat16, value_head=False)
+    dtypes = {p.dtype: p.requires_grad for p in model.parameters()}
+    assert dtypes == {torch.bfloat16: False, torch.float32: True}
+
+
 def test_plain_peft_reads_our_adapter(reference, tmp_path):
     """An adapter directory that only this code can read: PeftModel on the bare model must give the same numbers."""
     from peft import PeftModel
