@@ -461,15 +461,15 @@ def test_lora_needs_no_second_model(train, monkeypatch):
 
 def test_a_loaded_adapter_is_its_own_reference(train):
     """Stops --adapter from being compared with the model below it: the first margin would not be 0."""
-    first = train("first", num_iterations=1, lora_rank=2, learning_rate=1e-2)
-    run_dir = train("next", num_iterations=2, adapter=str(runs.find_checkpoint(first)))
+    first = train("first", num_iterations=1, lora_rank=2, learning_rate=1e-2, freeze_vision=False)
+    run_dir = train("next", num_iterations=2, adapter=str(runs.find_checkpoint(first)), freeze_vision=False)
     assert metrics_of(run_dir)[1]["losses/first_margin"] == 0
     start, kept = weights_of(first), load_file(run_dir / "reference.safetensors")
     assert len(start) == len(kept) and sum(x.abs().sum() for x in kept.values()) > 0
     (run_dir / "reference.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"reference.safetensors \(weights of the reference\) is missing"):
-        train("next", num_iterations=3, resume=str(run_dir))
-    train("next", num_iterations=3, resume=str(run_dir), reference="previous")
+        train("next", num_iterations=3, resume=str(run_dir), freeze_vision=False)
+    train("next", num_iterations=3, resume=str(run_dir), reference="previous", freeze_vision=False)
     assert metrics_of(run_dir)[-1]["losses/first_margin"] == 0
 
 

@@ -464,7 +464,8 @@ def test_two_ranks_make_the_update_of_one(train, tmp_path):
     a, b = metrics_of(tmp_path / "runs/one")[-1], metrics_of(tmp_path / "runs/two")[-1]
     assert a.keys() == b.keys()
     for key in a:
-        assert a[key] == b[key] or np.isclose(a[key], b[key], rtol=1e-3, atol=1e-5), key
+        # log-ratios of 1e-2 nats differ as much as the updates do, by 2e-3 of their size
+        assert a[key] == b[key] or np.isclose(a[key], b[key], rtol=1e-3, atol=5e-5), key
 
 
 @pytest.mark.bridge
