@@ -2,9 +2,9 @@
 
 python benchmarks/update_gain.py --model runs/NAME/checkpoint-000007 --num-episodes 768 --no-freeze-vision
 
-Two thirds of the episodes train a critic (a head on the start's h0) and then the policy. On the others it prints the sum
-over steps of (ratio - 1) A, the first-order gain in units of the normalised advantage A, and the KL it cost. Settings to
-be compared need the same recording: `--recording` is made by the first call and read by the next.
+Two thirds of the episodes train a critic (a head on the start's h0) and then the policy. On the others it prints the
+sum over steps of (ratio - 1) A, the first-order gain in units of the normalised advantage A, and the KL it cost.
+Settings to be compared need the same recording: `--recording` is made by the first call and read by the next.
 """
 
 import sys
