@@ -81,7 +81,7 @@ class Args:
     # algorithm
     num_iterations: int = 300  # rollouts; [P] 2 M steps = 391
     num_steps: int = 160  # control steps per environment and rollout, a multiple of max_episode_steps [M]; [P] 80
-    reset_after_success: int = 0  # steps that success lasts until the episode ends [M]; 0 = never [P]; 1: RLinf
+    reset_after_success: int = 0  # steps that success lasts until the episode ends [D]; 0 = never [P]; 1: RLinf
     learning_rate: float = 1e-4  # AdamW, policy [P]
     value_learning_rate: float = 1e-3  # AdamW, value head; [P] 3e-3 [M]
     anneal_lr: bool = False  # linear to 0 over the run; [P] constant
@@ -126,6 +126,8 @@ def check_args(args):
     positive = {name: getattr(args, name) for name in positive}
     runs.check_rollout(args.num_envs, args.num_steps, args.max_episode_steps, args.num_minibatches, **positive)
     runs.check_run(args.name, args.resume, args.track)
+    if args.reset_after_success < 0:
+        raise ValueError(f"reset_after_success = {args.reset_after_success} must be >= 0; use 0 (never) or 3")
     if args.reset_after_success and args.sim_device == "cuda":
         raise ValueError("reset_after_success needs resets of single environments; use --sim-device cpu, or 0")
 

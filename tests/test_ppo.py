@@ -285,6 +285,7 @@ def test_presets_parse_and_are_the_papers(monkeypatch, capsys):
         (dict(assets="no_pack"), "no_pack"),
         (dict(model="no/such/model"), "no/such/model"),
         (dict(name="taken"), "runs/taken holds a run"),
+        (dict(reset_after_success=-1), "reset_after_success = -1 must be >= 0"),
         (dict(reset_after_success=3, sim_device="cuda"), "reset_after_success needs .* use --sim-device cpu"),
     ],
 )

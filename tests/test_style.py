@@ -16,7 +16,7 @@ import pytest
 import tyro
 
 ROOT = Path(__file__).parent.parent
-BUDGETS = {"ppo_vla.py": 425, "grpo_vla.py": 425, "dpo_vla.py": 415, "sft_vla.py": 340, "eval_ood.py": 260}
+BUDGETS = {"ppo_vla.py": 426, "grpo_vla.py": 425, "dpo_vla.py": 415, "sft_vla.py": 340, "eval_ood.py": 260}
 BUDGETS |= {"README.md": 150, "common/env.py": 400, "common/vla.py": 345}
 COMMON_FILE_BUDGET, COMMON_BUDGET = 330, 3800
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py"))]
