@@ -349,7 +349,7 @@ def main(args: Args):
         obs, texts, tokens, episodes = [], [], [], []
         logprobs, ref_logprobs, rewards, successes = torch.zeros(4, args.num_steps, num_envs, device=device)  # (T, N)
         for step in range(args.num_steps):
-            inputs = model.fit_images(images)
+            inputs = model.rollout_inputs(images)
             action_tokens, logprobs[step], _ = model.act(inputs, instructions, args.temperature, generators)
             if reference:
                 with torch.no_grad(), reference() as start_model:

@@ -354,7 +354,7 @@ def main(args: Args):
         logprobs, values, rewards, dones = torch.zeros(4, args.num_steps, num_envs, device=device)  # each (T, N)
         lasted = np.zeros(num_envs, dtype=int)  # steps of success so far
         for step in range(args.num_steps):
-            inputs = model.fit_images(images)
+            inputs = model.rollout_inputs(images)
             action_tokens, logprobs[step], values[step] = model.act(inputs, instructions, args.temperature, generators)
             obs.append(inputs.cpu())
             texts += instructions

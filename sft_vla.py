@@ -90,7 +90,6 @@ class Args:
     weight_decay: float = 0.01  # AdamW [P]
     max_grad_norm: float = 1.0  # [D]; [P] none
     augment: bool = False  # random crop and colours [P warm-up]
-    label_std: float = 0.0  # bins; > 0 spreads a label over its neighbours, for numbers that are measured [D]
 
 
 PAPER = dict(
@@ -114,8 +113,6 @@ def check_args(args):
             raise ValueError(f"{name} = {value} must be > 0; use {getattr(Args, name)}")
         if name in ("batch_size", "num_envs") and value % ranks:
             raise ValueError(f"{name} = {value} must be a multiple of the {ranks} ranks; use {32 * ranks}")
-    if not 0 <= args.label_std < 64:
-        raise ValueError(f"label_std = {args.label_std} must be in [0, 64) of 256 bins; use 0 or 2")
     if args.name and not args.resume and any(Path("runs", args.name).glob("checkpoint-*")):
         fix = f"use --resume runs/{args.name} or another --name"
         raise ValueError(f"runs/{args.name} holds a run, which is never overwritten; {fix}")
@@ -174,16 +171,10 @@ def minibatch(number, num_rows, batch_size, seed):
     return torch.as_tensor(np.random.default_rng([seed, epoch]).permutation(num_rows)[k * batch_size :][:batch_size])
 
 
-def cross_entropy(model, data, rows, images, label_std=0.0):
-    """Cross-entropy (M,) in nats per token for rows (M,) of data and their images: of the expert's tokens, or with
-    label_std > 0 of a normal distribution of so many bins around them."""
-    tokens = data["action_tokens"][rows].to(model.device)
-    logprobs, _ = model.bin_logprobs(images, [data["instructions"][row] for row in rows], tokens)  # (M, 7, 256)
-    index = (tokens - model.backbone.bins.start)[..., None]
-    if label_std == 0:
-        return -logprobs.gather(-1, index)[..., 0].mean(1)
-    distance = torch.arange(logprobs.shape[-1], device=model.device) - index
-    return -(torch.softmax(-0.5 * (distance / label_std) ** 2, dim=-1) * logprobs).sum(-1).mean(1)
+def cross_entropy(model, data, rows, images):
+    """Cross-entropy (M,) of the expert's tokens in nats per token, for rows (M,) of data and their images."""
+    texts, tokens = [data["instructions"][row] for row in rows], data["action_tokens"][rows]
+    return -model.evaluate(images, texts, tokens, return_token_logprobs=True)[0].mean(1)
 
 
 @torch.no_grad()
@@ -216,7 +207,7 @@ def update(model, optimizer, data, number, args, run_dir):
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=model.device)
     for mine in torch.arange(len(rows))[rank::world_size].split(args.micro_batch_size):
-        loss = cross_entropy(model, data, rows[mine], images[mine], args.label_std).sum() / len(rows)
+        loss = cross_entropy(model, data, rows[mine], images[mine]).sum() / len(rows)
         if not torch.isfinite(loss):
             runs.stop_non_finite(run_dir, "loss", data, rows[mine])
         loss.backward()

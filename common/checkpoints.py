@@ -25,7 +25,7 @@ INDEX, SINGLE, VALUE = "model.safetensors.index.json", "model.safetensors", "val
 ADAPTER_CONFIG, ADAPTER, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."  # PEFT's
 LLM_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head"
 LORA_TARGETS = {
-    "all": f"proj qkv fc1 fc2 fc3 convs.0 convs.1 convs.2 convs.3 {LLM_TARGETS}".split(),  # the paper's; convs: tiny
+    "all": f"proj qkv fc1 fc2 fc3 convs.0 convs.1 convs.2 {LLM_TARGETS}".split(),  # the paper's; convs: tiny
     "llm": rf"language_model\..*({LLM_TARGETS.replace(' ', '|')})",
 }
 

@@ -4,6 +4,8 @@ Both kinds map fitted images to image tokens (N, patches, width); `fit` maps (N,
 take. Attribute names are the published checkpoint's keys (timm's names), so weights and LoRA adapters load one to one.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -113,13 +115,16 @@ class TwinTowers(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """The tiny model's eyes: (N, H, W, 3) uint8 crop of the camera image -> one token per final cell."""
+    """The tiny model's eyes: (N, H, W, 3) uint8 crop of the camera image -> one token per cell of `grid`: convolutions,
+    then a transformer that sees all cells."""
 
     def __init__(self, config: dict):
         super().__init__()
         self.camera, (left, top, right, bottom) = config["camera_size"], config["crop"]
         self.window = slice(None), slice(top, bottom), slice(left, right)
         self.size = (bottom - top, right - left)
+        stride = math.prod(stride for _, _, stride in config["stem"])
+        self.grid = self.size[0] // stride, self.size[1] // stride  # rows and columns of image tokens
         channels = [3, *(c for c, _, _ in config["stem"])]
         self.convs = nn.ModuleList(
             nn.Conv2d(channels[i], c, kernel, stride, padding=(kernel - stride + 1) // 2)
@@ -129,14 +134,19 @@ class ConvStem(nn.Module):
         for conv in self.convs:  # default starts shrink the signal; a position of 0.02 is not seen: both stop learning
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
-        self.pos_embed = nn.Parameter(torch.randn(1, config["image_tokens"], self.width))
+        self.pos_embed = nn.Parameter(torch.randn(1, math.prod(self.grid), self.width))
+        heads, mlp_width, depth = config["stem_blocks"]
+        self.blocks = nn.ModuleList(Block(self.width, heads, mlp_width, layer_scale=False) for _ in range(depth))
         self.norm = nn.LayerNorm(self.width, eps=1e-6)
 
     def forward(self, images, recompute):
         x = images.permute(0, 3, 1, 2).to(self.pos_embed.dtype) / 127.5 - 1
-        for conv in self.convs:
-            x = F.gelu(conv(x))
-        return self.norm(x.flatten(2).transpose(1, 2) + self.pos_embed)
+        for i, conv in enumerate(self.convs):
+            x = conv(F.gelu(x) if i else x)
+        x = x.flatten(2).transpose(1, 2) + self.pos_embed
+        for block in self.blocks:
+            x = recompute(block, x)
+        return self.norm(x)
 
     def fit(self, images, dtype):
         """Crop, after a resize where the image is not of the camera's size; stays uint8."""

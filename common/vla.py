@@ -59,8 +59,8 @@ class Backbone(nn.Module):
         return block(x)
 
     def embed(self, images, input_ids, mask):
-        """-> embeddings (N, S, D) and mask (N, S) of [BOS | patches | rest of input_ids]."""
-        patches = self.projector(self.vision_backbone(images, self.recompute))
+        """-> embeddings (N, S, D) and mask (N, S) of [BOS | patches | rest of input_ids]; images: pixels or patches."""
+        patches = images if images.ndim == 3 else self.projector(self.vision_backbone(images, self.recompute))
         text = self.language_model.model.embed_tokens(input_ids)
         x = torch.cat([text[:, :1], patches.to(text.dtype), text[:, 1:]], dim=1)
         return x, torch.cat([mask[:, :1], mask.new_ones(patches.shape[:2]), mask[:, 1:]], dim=1)
@@ -164,7 +164,18 @@ class VLA(nn.Module):
 
     def fit_images(self, images):
         """(N, H, W, 3) uint8 of any size -> what the model sees. Idempotent: a rollout buffer stores the result."""
-        return self.backbone.vision_backbone.fit(torch.as_tensor(images).to(self.device), self.dtype)
+        images = torch.as_tensor(images).to(self.device)
+        return images if images.ndim == 3 else self.backbone.vision_backbone.fit(images, self.dtype)
+
+    @torch.no_grad()
+    def rollout_inputs(self, images):
+        """(N, H, W, 3) uint8 -> what a rollout keeps for the update: `fit_images` of them or, where the small model's
+        eyes are frozen, the image tokens (N, P, D): they will not change, and are smaller than the pixels."""
+        images, eyes = self.fit_images(images), (self.backbone.vision_backbone, self.backbone.projector)
+        if not isinstance(eyes[0], ConvStem) or any(p.requires_grad for part in eyes for p in part.parameters()):
+            return images
+        with self.autocast():
+            return eyes[1](eyes[0](images, self.backbone.recompute))
 
     def values_of(self, hidden, images, ids, mask):
         if self.value_head is None:

@@ -7,7 +7,7 @@ import pytest
 
 from common.demos import load_demos
 from common.evaluate import held_out
-from common.pointing import Args, answer, noise_table, record, with_fillers
+from common.tiny.pointing import Args, answer, noise_table, record, with_fillers
 
 ARGS = dict(poses_per_scene=8, num_workers=1)
 

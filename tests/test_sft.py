@@ -189,21 +189,3 @@ def test_presets_are_the_paper_s():
         assert (preset["lr_schedule"], preset["statistics"]) == ("constant", "quantiles")
     assert PRESETS["warmup"].augment and not PRESETS["warmup"].drop_idle
     assert PRESETS["baseline"].drop_idle and not PRESETS["baseline"].augment
-
-
-def test_spread_labels():
-    """Stops a label distribution that is shifted against the token, and a zero width that is not the plain loss."""
-    model = load_vla("tiny", value_head=False)
-    data, _, _ = load_data(small(), model)
-    rows = torch.arange(4)
-    with torch.no_grad():
-        hard = cross_entropy(model, data, rows, data["images"][rows])
-        assert torch.allclose(cross_entropy(model, data, rows, data["images"][rows], 0.05), hard, atol=1e-5)
-        logprobs, _ = model.bin_logprobs(data["images"][rows], data["instructions"][:4], data["action_tokens"][rows])
-        index = data["action_tokens"][rows] - model.backbone.bins.start  # 2 bins wide: by hand for one token
-        weights = torch.exp(-0.125 * (torch.arange(256) - index[..., None]).double() ** 2)
-        by_hand = -(weights / weights.sum(-1, keepdim=True) * logprobs.double()).sum(-1).mean(1)
-        wide = cross_entropy(model, data, rows, data["images"][rows], 2.0)
-        assert torch.allclose(wide.double(), by_hand, atol=1e-5) and not torch.allclose(wide, hard, atol=1e-3)
-    with pytest.raises(ValueError, match="label_std = 99"):
-        check_args(small(label_std=99.0))

@@ -313,6 +313,24 @@ def test_fit_images_is_idempotent_and_small(tiny, checkpoint):
         assert all(torch.equal(a, b) for a, b in zip(stored, direct, strict=True))
 
 
+def test_frozen_eyes_look_once(tiny):
+    """Stops image tokens in a rollout that are not what the update sees, or are kept while the eyes still learn."""
+    model, pictures, texts = lively(load_vla("tiny", freeze_vision=True)), images(3), INSTRUCTIONS[:3]
+    kept = model.rollout_inputs(pictures)
+    assert kept.shape == (3, 35, 128) and not kept.requires_grad
+    tokens, logprobs, values = model.act(pictures, texts, temperature=0)
+    again = model.act(kept, texts, temperature=0)
+    assert torch.equal(again[0], tokens) and torch.equal(again[1], logprobs) and torch.equal(again[2], values)
+    grads = []
+    for inputs in (pictures, kept):
+        model.zero_grad()
+        model.evaluate(inputs, texts, tokens)[0].sum().backward()
+        grads.append([p.grad.clone() for p in model.trainable_parameters()["policy"]])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    for learns in (tiny, load_vla("tiny", lora_rank=2)):
+        assert torch.equal(learns.rollout_inputs(pictures), learns.fit_images(pictures))
+
+
 def test_tiny_sees_the_same_region_at_other_sizes(tiny):
     """A crop that is not scaled with the camera: 640x480 frames of the same scene must give nearly the same input."""
     smooth = torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(0)) * 255

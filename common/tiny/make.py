@@ -46,7 +46,8 @@ def main(folder: Path = Path(__file__).parent) -> None:
         "vision_backbone_id": "conv-stem",
         "camera_size": [160, 120],  # pixels; other image sizes are resized to this, then cropped
         "crop": [16, 26, 128, 106],  # left, top, right, bottom: where objects and gripper move
-        "stem": [[32, 3, 2], [64, 3, 2], [128, 3, 2], [128, 3, 2]],  # convolutions: channels, kernel, stride
+        "stem": [[64, 4, 4], [128, 3, 2], [128, 3, 2]],  # convolutions: channels, kernel, stride
+        "stem_blocks": [4, 256, 3],  # transformer blocks on the image tokens: heads, MLP width, number
         "image_tokens": 35,  # 7 x 5
         "n_action_bins": 256,
         "pad_to_multiple_of": 64,

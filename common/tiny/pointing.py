@@ -1,15 +1,16 @@
 """Pointing scenes: where are object and receptacle, seen from the gripper? What the small model is pre-trained on.
 
-    python -m common.pointing --num-scenes 10000 --output demos/pointing
+    python -m common.tiny.pointing --num-scenes 8000 --output demos/pointing
 
 OpenVLA starts from a vision-language model that knows where things are; the small model learns it here, without one
-robot action. A scene of the training configurations is drawn with the arm at `poses_per_scene` random poses, in a third
-of them with the object in hand, and the answer is seven numbers, scored by the same tokens as an action:
+robot action. In a scene of the training configurations the arm takes `poses_per_scene` random poses, in a quarter of
+them with the object in hand, and the answer is seven numbers, scored by the same tokens as an action:
     0:3 object centre - TCP, 3:5 receptacle - TCP (metres, base axes), 5:7 m cos 2 a, m sin 2 a: the angle a from the
     fingers' closing axis to the object's short horizontal axis, and its elongation m = 1 - short / long side
 A turn itself would jump between +-90 degrees, and mean nothing for round objects; these two numbers do neither.
 A share of the scenes is varied: coloured noise as the table, tinted light, filler words around the instruction.
-Stored like demonstrations (common/demos.py), one episode per scene, so that sft_vla.py trains on it; nothing to replay.
+Stored like demonstrations (common/demos.py), one episode per scene, with the class of every second pixel: what
+common/tiny/pretrain.py trains on; there is nothing to replay.
 """
 
 import json
@@ -34,16 +35,17 @@ from common.expert import quat_to_matrix
 
 LOW, HIGH = (-0.33, -0.18, 0.885), (-0.05, 0.22, 1.05)  # metres, world: where the TCP can be in view
 FINGERS_M = (0.015, 0.026, 0.037)  # closed, around an object at most, open
-MODES = ("anywhere", "near", "held")
+MODES, SHARES = ("anywhere", "near", "held"), (0.5, 0.25, 0.25)
+ARM, FINGERS, RECEPTACLE, OBJECTS = 1, 2, 3, 4  # classes of pixels; 0 = all else, OBJECTS + k = object k
 FILLERS = "please now you can could should would the this so and then it of for at with down up over".split()
 
 
 @dataclass
 class Args:
     output: str = "demos/pointing"  # directory of trajectory.h5 and .json; not one that exists
-    num_scenes: int = 10000
+    num_scenes: int = 8000
     poses_per_scene: int = 8  # of the arm, one picture and answer each
-    varied: float = 0.5  # share of the scenes with noise as the table, tinted light and filler words
+    varied: float = 0.3  # share of the scenes with noise as the table, tinted light and filler words
     task: str = "main"  # a row of common/tasks.py
     split: Literal["train", "test", "all"] = "train"  # its configurations; those kept for evaluation are never drawn
     seed: int = 0
@@ -118,22 +120,31 @@ def with_fillers(text, rng):
 
 
 def scene(env, rng, episode_id, num_poses, varied, image_format):
-    """(frames, answers (P, 7) float32, instruction) of P <= num_poses arm poses in one scene."""
+    """(frames, classes (P, H / 2, W / 2) uint8, answers (P, 7) float32, instruction) of P <= num_poses poses of the arm
+    in one scene."""
     env.reset(options={"episode_ids": [episode_id]})
     text, tint, varied = env.instructions()[0], 1.0, rng.random() < varied
     if varied:
         env.backgrounds = torch.as_tensor(noise_table(rng, *env.image_size)[None])
         text, tint = with_fillers(text, rng), rng.uniform(0.7, 1.1) * rng.uniform(0.85, 1.15, 3)
+    fingers = env.agent.finger1_link, env.agent.finger2_link
     robot, rest, object_pose = env.agent.robot._objs[0], env.agent.robot._objs[0].qpos, env._pose("object").clone()
-    frames, answers = [], []
-    for mode in rng.choice(MODES, num_poses):
+    class_of = np.zeros(256, np.uint8)  # of a body's number in the segmentation
+    for link in env.agent.robot.links:
+        class_of[link.per_scene_id.item()] = FINGERS if link in fingers else ARM
+    for (kind, index), actor in env._in_play.items():
+        class_of[actor.per_scene_id.item()] = OBJECTS + index if kind == "object" else RECEPTACLE
+    frames, classes, answers = [], [], []
+    for mode in rng.choice(MODES, num_poses, p=SHARES):
         robot.set_qpos(rest)
         env._teleport_object(object_pose, False)
         if place_arm(env, rng, mode):
-            image = env._get_obs_with_sensor_data({})["sensor_data"][CAMERA]["rgb"][0].numpy()
-            frames.append(encode_image((image * tint).clip(0, 255).astype(np.uint8), image_format))
+            camera = env._get_obs_with_sensor_data({})["sensor_data"][CAMERA]
+            image = (camera["rgb"][0].numpy() * tint).clip(0, 255).astype(np.uint8)
+            frames.append(encode_image(image, image_format))
+            classes.append(class_of[camera["segmentation"][0, ::2, ::2, 0].numpy()])
             answers.append(answer(env.privileged_state()))
-    return frames, np.array(answers, np.float32).reshape(-1, 7), text
+    return frames, np.array(classes), np.array(answers, np.float32).reshape(-1, 7), text
 
 
 def _start(env_kwargs, *settings):
@@ -172,13 +183,16 @@ def record(args):
     )  # fmt: skip
     with pool, h5py.File(temporary, "w") as file:
         jobs = pool.imap(_scene, [([args.seed, k], int(i)) for k, i in enumerate(ids)], chunksize=8)
-        for k, (frames, labels, text) in enumerate(tqdm(jobs, total=len(ids), unit="scene")):
+        for k, (frames, classes, labels, text) in enumerate(tqdm(jobs, total=len(ids), unit="scene")):
             if not frames:
                 continue
             batch = {"actions": labels[None], "labels": labels[None], "instructions": [text]}
             batch |= {"frames": [[*frames, frames[-1]]]}  # an episode ends with a frame that has no action
             batch |= {key: np.zeros((1, len(labels)), t) for key, t in (("success", bool), ("rewards", np.float32))}
             write_episode(file, f"traj_{len(episodes)}", batch, 0, len(labels), int(ids[k]), args.seed)
+            file[f"traj_{len(episodes)}"].create_dataset(
+                "classes", data=classes, compression="gzip", compression_opts=1
+            )
             entry = json.loads(file[f"traj_{len(episodes)}"].attrs["episode"])
             episodes.append({"episode_id": len(episodes)} | entry)
             answers.append(labels)

@@ -1,0 +1,181 @@
+"""Pre-training of the small model on pointing scenes: its eyes by segmentation, then all of it by pointing.
+
+    python -m common.tiny.pointing --num-scenes 8000 --output demos/pointing
+    python -m common.tiny.pointing --num-scenes 6000 --task multi_carrot --seed 1 --output demos/pointing-two
+    torchrun --nproc-per-node 2 -m common.tiny.pretrain --output runs/tiny-pretrained
+
+OpenVLA starts from vision towers and a language model that have seen the web; the small model gets from the simulator,
+in minutes, what it needs of that: which pixel shows what, where things are, which of two objects is meant. No action is
+in it. Pointing alone is slow: the way from pixels to an object's place is long, and until all of it works, nothing is
+learned. Segmentation teaches the first part of the way with 560 labels per picture. Its head is not kept.
+"""
+
+import io
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+
+from common import runs
+from common.assets import load_pack
+from common.demos import action_statistics
+from common.env import CAMERA
+from common.tiny.pointing import OBJECTS
+
+
+@dataclass
+class Args:
+    demos: tuple[str, ...] = ("demos/pointing", "demos/pointing-two")  # directories of common/tiny/pointing.py
+    output: str = "runs/tiny-pretrained"  # model directory, a start for sft_vla.py
+    model: str = "tiny"  # a directory, or tiny (random weights)
+    eyes_updates: int = 2400  # optimizer steps of the eyes alone
+    pointing_updates: int = 2600  # of the whole model
+    batch_size: int = 128  # over all ranks
+    learning_rate: float = 2e-3  # AdamW; each stage ends with half a cosine
+    label_std: float = 4.0  # bins; an answer's label is a normal distribution: near misses are nearly right
+    val_scenes: int = 100  # the last ones of each directory
+    seed: int = 1
+    dtype: str = "bfloat16"  # of matmuls; float32 on a processor without bfloat16 arithmetic
+    torch_threads: int = 1  # per rank
+
+
+def check_args(args):
+    """ValueError, FileNotFoundError or FileExistsError with value, rule and fix, before anything is loaded."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    for name in "eyes_updates pointing_updates batch_size val_scenes torch_threads".split():
+        if (value := getattr(args, name)) < 1:
+            raise ValueError(f"{name} = {value} must be >= 1; use {getattr(Args, name)}")
+    if args.batch_size % ranks:
+        raise ValueError(f"batch_size = {args.batch_size} must be a multiple of the {ranks} ranks; use {64 * ranks}")
+    if not 0 < args.label_std < 64:
+        raise ValueError(f"label_std = {args.label_std} must be in (0, 64) of 256 bins; use 4")
+    if (Path(args.output) / "config.json").exists():
+        raise FileExistsError(f"{args.output} holds a model, which is never overwritten; use another --output")
+    for path in args.demos:
+        if not (Path(path) / "trajectory.h5").is_file():
+            fix = f"make it with: python -m common.tiny.pointing --output {path}"
+            raise FileNotFoundError(f"{path}/trajectory.h5 is missing; {fix}")
+
+
+def load(path, stem):
+    """Pictures of one recording as the `stem` sees them: images (B, h, w, 3) uint8; classes (B, tokens, pixels of a
+    token at a quarter of the size) uint8; answers (B, 7) float32; texts (B,) str; scenes (B,) int."""
+    grid = stem.grid
+    images, classes, answers, texts, scenes = [], [], [], [], []
+    with h5py.File(f"{path}/trajectory.h5") as file:
+        if "classes" not in file["traj_0"]:
+            raise ValueError(
+                f"{path} has no pixel classes; record it again with this version of common/tiny/pointing.py"
+            )
+        for scene in range(len(file)):
+            group = file[f"traj_{scene}"]
+            frames = group[f"obs/sensor_data/{CAMERA}/rgb"][:-1]
+            pictures = np.stack([np.asarray(Image.open(io.BytesIO(frame))) for frame in frames])
+            images.append(stem.fit(torch.from_numpy(pictures), None))
+            classes.append(group["classes"][:])
+            answers.append(group["actions"][:])
+            texts += [json.loads(group.attrs["episode"])["instruction"]] * len(frames)
+            scenes += [scene] * len(frames)
+    half = lambda cut: slice(cut.start // 2, cut.stop // 2)  # noqa: E731
+    classes = torch.from_numpy(np.concatenate(classes))[:, half(stem.window[1]), half(stem.window[2])][:, ::2, ::2]
+    height, width = (n // g for n, g in zip(classes.shape[1:], grid, strict=True))
+    classes = classes.view(-1, grid[0], height, grid[1], width).transpose(2, 3).flatten(3).flatten(1, 2)
+    return torch.cat(images), classes, np.concatenate(answers), np.array(texts), np.array(scenes)
+
+
+def spread_cross_entropy(logprobs, bins, std):
+    """Cross-entropy (M, 7), nats, of log-probs (M, 7, 256) and normal distributions, `std` bins wide, of (M, 7)."""
+    distance = torch.arange(logprobs.shape[-1]) - bins[..., None]
+    return -(torch.softmax(-0.5 * (distance / std) ** 2, dim=-1) * logprobs).sum(-1)
+
+
+@torch.no_grad()
+def errors(model, key, images, texts, answers):
+    """Text: how far off greedy answers are, where the gripper is far from the object (5 cm) and where it is near."""
+    tokens = torch.cat(
+        [model.act(images[k : k + 256], texts[k : k + 256].tolist(), 0)[0] for k in range(0, len(texts), 256)]
+    )
+    off = np.abs(model.actions_from_tokens(tokens, key).numpy() - answers)
+    to_object, to_receptacle = (
+        1000 * np.linalg.norm(off[:, part], axis=1) for part in (slice(0, 2), slice(3, 5))
+    )  # mm
+    far = np.linalg.norm(answers[:, :2], axis=1) > 0.05
+    return (
+        f"object, far: {np.median(to_object[far]):.1f} mm, more than 30 mm off {(to_object[far] > 30).mean():.2f}, "
+        f"near: {np.median(to_object[~far]):.1f} mm | receptacle {np.median(to_receptacle):.1f} mm"
+    )
+
+
+def main(args: Args):
+    check_args(args)
+    from common.vla import load_vla, save_vla
+
+    runs.setup_ranks("cpu")
+    rank, world_size = runs.rank_and_world_size()
+    torch.set_num_threads(args.torch_threads)
+    runs.seed_everything(args.seed)
+    model = load_vla(args.model, dtype=getattr(torch, args.dtype), value_head=False, seed=args.seed)
+    stem, key = model.backbone.vision_backbone, "pointing"
+    parts = [load(path, stem) for path in args.demos]
+    val = [np.flatnonzero(scenes >= scenes.max() + 1 - args.val_scenes) for *_, scenes in parts]
+    train = [np.flatnonzero(scenes < scenes.max() + 1 - args.val_scenes) for *_, scenes in parts]
+    images, classes = (torch.cat([part[i][rows] for part, rows in zip(parts, train, strict=True)]) for i in (0, 1))
+    answers, texts = (np.concatenate([part[i][rows] for part, rows in zip(parts, train, strict=True)]) for i in (2, 3))
+    model.norm_stats.clear()
+    model.norm_stats[key] = {"action": action_statistics(answers), "assets": "primitive"}
+    tokens = model.tokens_from_actions(answers, key)
+    num_classes = OBJECTS + len(load_pack("primitive").objects)
+    segment, point = (torch.nn.Linear(stem.width, n) for n in (classes.shape[2] * num_classes, 7))
+    scaled = torch.from_numpy(answers / answers.std(0))
+
+    def eyes_loss(rows):
+        with torch.autocast("cpu", model.dtype, enabled=model.dtype != torch.float32):
+            features = stem(images[rows], lambda block, x: block(x))
+            logits, guess = segment(features).float(), point(features.mean(1)).float()
+        segmentation = F.cross_entropy(logits.view(-1, num_classes), classes[rows].long().flatten())
+        return segmentation + F.smooth_l1_loss(guess, scaled[rows], beta=0.1)
+
+    def pointing_loss(rows):
+        logprobs, _ = model.bin_logprobs(images[rows], texts[rows.numpy()].tolist(), tokens[rows])  # (M, 7, 256)
+        return spread_cross_entropy(logprobs, tokens[rows] - model.backbone.bins.start, args.label_std).mean()
+
+    stages = (
+        ("eyes", args.eyes_updates, [p for m in (stem, segment, point) for p in m.parameters()], eyes_loss),
+        ("pointing", args.pointing_updates, list(model.backbone.parameters()), pointing_loss),
+    )
+    start = time.time()
+    for name, num_updates, parameters, loss_of in stages:
+        optimizer, losses = torch.optim.AdamW(parameters, weight_decay=0.01), []
+        for number in range(num_updates):
+            fraction = number / num_updates
+            lr = args.learning_rate * min(1, (number + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * fraction))
+            optimizer.param_groups[0]["lr"] = lr
+            rows = np.random.default_rng([args.seed, number]).integers(len(images), size=args.batch_size)
+            optimizer.zero_grad()
+            loss = loss_of(torch.from_numpy(rows[rank::world_size])) / world_size
+            loss.backward()
+            runs.sum_gradients(parameters)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            losses.append(runs.sum_over_ranks(loss.detach()).item())
+            if rank == 0 and (number + 1) % 250 == 0:
+                loss = np.mean(losses[-250:])
+                text = f"{name} {number + 1}/{num_updates} | {time.time() - start:.0f} s | loss {loss:.3f}"
+                if name == "pointing":
+                    for path, part, at in zip(args.demos, parts, val, strict=True):
+                        text += f"\n  {path}: {errors(model, key, part[0][at], part[3][at], part[2][at])}"
+                print(text, flush=True)
+    if rank == 0:
+        save_vla(model, args.output)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
