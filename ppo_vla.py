@@ -5,14 +5,15 @@
     torchrun --nproc-per-node 2 ppo_vla.py --num-envs 64  # the same update, environments split over ranks
     python ppo_vla.py --resume runs/NAME                  # continues exactly
 
-An action of 7 tokens is one decision, its log-prob the sum over tokens. The critic reads the actor's hidden state h0 at
-the last prompt token. Departures from the paper's code, explained in docs/ppo_vla.md:
+An action of 7 tokens is one decision, its log-prob the sum over tokens. The paper's critic reads the actor's hidden
+state h0 at the last prompt token. Departures from the paper's code, explained in docs/ppo_vla.md:
  1. Actions are sampled from exactly the distribution that is scored (the code samples with top_k 50, scores 256 bins).
  2. `pg_coef` is explicit; in the code a broadcast multiplies the policy loss by 7.
  3. Trained weights, log-probs, ratios and losses are float32 (the code: bfloat16).
  4. The ratio before the first update is measured and bounded in every iteration; old log-probs can be recomputed.
  5. Training and evaluation episodes are disjoint, and evaluation episodes are the same for every policy.
- 6. An environment's random stream depends on (seed, iteration, environment) alone: resume is exact, and any number of
+ 6. The default's critic reads the simulator's state, not h0 (`--value-input`): a policy gradient of less noise.
+ 7. An environment's random stream depends on (seed, iteration, environment) alone: resume is exact, and any number of
     ranks or workers makes the same rollout.
 Sibling: `diff ppo_vla.py grpo_vla.py` shows the algorithm and nothing else.
 """
@@ -29,6 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from common import logs, runs
+from common.critic import state_features
 from common.doctor import check_renderer
 from common.env import check_env_args
 from common.evaluate import evaluate, training_ids
@@ -81,16 +83,17 @@ class Args:
     # algorithm
     num_iterations: int = 300  # rollouts; [P] 2 M steps = 391
     num_steps: int = 160  # control steps per environment and rollout, a multiple of max_episode_steps [M]; [P] 80
-    reset_after_success: int = 0  # steps that success lasts until the episode ends [D]; 0 = never [P]; 1: RLinf
-    learning_rate: float = 1e-4  # AdamW, policy [P]
+    reset_after_success: int = 5  # steps that success lasts until the episode ends [D]; 0 = never [P]; 1: RLinf
+    learning_rate: float = 4e-5  # AdamW, policy [M]; [P] 1e-4
     value_learning_rate: float = 1e-3  # AdamW, value head; [P] 3e-3 [M]
     anneal_lr: bool = False  # linear to 0 over the run; [P] constant
     weight_decay: float = 0.01  # AdamW [P]
-    value_warmup_iterations: int = 0  # first iterations that train the value alone [M]
-    value_input: Literal["h0", "hn", "concat"] = "h0"  # hidden state that the critic reads [P]
+    value_warmup_iterations: int = 3  # first iterations that train the value alone [M]; [P] 0
+    value_input: Literal["state", "h0", "hn", "concat"] = "state"  # the simulator's [M], or a hidden state; [P] h0
+    value_epochs: int = 4  # passes of a state critic over a rollout [M]
     separate_critic: bool = False  # critic with a backbone of its own [P]
     gamma: float = 0.99  # discount [P]
-    gae_lambda: float = 0.95  # [P]
+    gae_lambda: float = 0.8  # lower: less noise, more trust in the critic [M]; [P] 0.95
     update_epochs: int = 1  # passes over a rollout [P]
     num_minibatches: int = 20  # optimizer steps per epoch [M]; [P] 32 of 160 samples
     micro_batch_size: int = 128  # samples per forward; only memory and speed depend on it; [P] 8
@@ -114,18 +117,21 @@ PRESETS = {
         preset="paper", assets="bridge", max_episode_steps=80, image_size=(640, 480), sim_freq=500,
         solver_iterations=15, fidelity="published", shader_pack="default", sim_device="cuda",
         model="openvla/openvla-7b", unnorm_key="bridge_orig", dtype="bfloat16", lora_rank=32, freeze_vision=False,
-        num_iterations=391, num_steps=80, value_learning_rate=3e-3, num_minibatches=32, micro_batch_size=8, pg_coef=7.0,
-        recompute_logprobs=True, ratio_tolerance=0.5,
+        num_iterations=391, num_steps=80, reset_after_success=0, value_input="h0", value_warmup_iterations=0,
+        learning_rate=1e-4, value_learning_rate=3e-3, gae_lambda=0.95, num_minibatches=32, micro_batch_size=8,
+        pg_coef=7.0, recompute_logprobs=True, ratio_tolerance=0.5,
     ),
 }  # fmt: skip
 
 
 def check_args(args):
     """What can be refused before a model or a simulator is loaded: ValueError with values, rule and fix."""
-    positive = "num_iterations update_epochs micro_batch_size checkpoint_every torch_threads temperature".split()
-    positive = {name: getattr(args, name) for name in positive}
+    positive = "num_iterations update_epochs value_epochs micro_batch_size checkpoint_every torch_threads temperature"
+    positive = {name: getattr(args, name) for name in positive.split()}
     runs.check_rollout(args.num_envs, args.num_steps, args.max_episode_steps, args.num_minibatches, **positive)
     runs.check_run(args.name, args.resume, args.track)
+    if args.value_input == "state" and args.separate_critic:
+        raise ValueError("separate_critic = True copies the backbone, value_input = 'state' needs none; use 'h0'")
     if args.reset_after_success < 0:
         raise ValueError(f"reset_after_success = {args.reset_after_success} must be >= 0; use 0 (never) or 3")
     if args.reset_after_success and args.sim_device == "cuda":
@@ -193,6 +199,26 @@ def value_loss(values, old_values, returns, value_clip_coef, huber_delta):
 STATS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
 
 
+def update_critic(critic, optimizer, batch, args, rng):
+    """`value_epochs` passes of a state critic over one rollout; `batch`, `rng` and minibatches as in `update`.
+
+    Returns: dict with losses/value_loss, the mean of the last pass.
+    """
+    minibatch_size = sum(runs.gather_over_ranks(len(batch["index"]))) // args.num_minibatches
+    parameters = list(critic.parameters())
+    for _ in range(args.value_epochs):
+        history = []
+        for rows in runs.minibatches(batch["index"], args.num_minibatches, rng):
+            optimizer.zero_grad(set_to_none=True)  # no gradient: AdamW leaves the policy alone
+            values, old_values, returns = critic(batch["states"][rows]), batch["values"][rows], batch["returns"][rows]
+            loss = value_loss(values, old_values, returns, 0.0, args.huber_delta).sum() / minibatch_size
+            loss.backward()
+            runs.sum_gradients(parameters)
+            optimizer.step()
+            history.append(runs.sum_over_ranks(loss.detach()).item())
+    return {"losses/value_loss": np.mean(history)}
+
+
 def update(model, optimizer, batch, args, rng, run_dir):
     """PPO epochs over one rollout. A minibatch spans all ranks; each accumulates its part in micro-batches.
 
@@ -203,12 +229,11 @@ def update(model, optimizer, batch, args, rng, run_dir):
     Returns: dict of losses/*, means over minibatches. Raises: RuntimeError and FloatingPointError, see the guards.
     """
     token_level, num_rows = args.ratio_level == "token", len(batch["index"])
-    total = sum(runs.gather_over_ranks(num_rows))
-    minibatch_size = total // args.num_minibatches
-    row_of = np.full(total, -1)
-    row_of[batch["index"]] = np.arange(num_rows)
-    epochs = [np.split(rng.permutation(total), args.num_minibatches) for _ in range(args.update_epochs)]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    minibatch_size = sum(runs.gather_over_ranks(num_rows)) // args.num_minibatches
+    epochs = [runs.minibatches(batch["index"], args.num_minibatches, rng) for _ in range(args.update_epochs)]
+    own = "states" in batch  # a state critic learns in `update_critic`
+    parameters = [p for group in optimizer.param_groups[: 1 if own else None] for p in group["params"]]
+    vf_coef = 0.0 if own else args.vf_coef
 
     def score(rows):
         inputs = batch["images"][rows], [batch["instructions"][row] for row in rows], batch["action_tokens"][rows]
@@ -220,9 +245,7 @@ def update(model, optimizer, batch, args, rng, run_dir):
             old_logprobs = torch.cat([score(rows)[0] for rows in torch.arange(num_rows).split(args.micro_batch_size)])
 
     history, grad_norms, gap = [], [], 0.0
-    for number, mb_inds in enumerate(np.concatenate(epochs)):
-        mb_inds = row_of[mb_inds]
-        mb_inds = torch.as_tensor(mb_inds[mb_inds >= 0])  # this rank's part
+    for number, mb_inds in enumerate(mb_inds for epoch in epochs for mb_inds in epoch):  # this rank's part of each
         optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(len(STATS), device=old_logprobs.device)
         for start in range(0, len(mb_inds), args.micro_batch_size):
@@ -231,7 +254,7 @@ def update(model, optimizer, batch, args, rng, run_dir):
             advantages, old_values, returns = (batch[key][rows] for key in ("advantages", "values", "returns"))
             pg_losses, ratios = policy_loss(logprobs, old_logprobs[rows], advantages, args.clip_coef)
             v_losses = value_loss(values, old_values, returns, args.value_clip_coef, args.huber_delta)
-            losses = args.pg_coef * pg_losses + args.vf_coef * v_losses - args.ent_coef * entropies
+            losses = args.pg_coef * pg_losses + vf_coef * v_losses - args.ent_coef * entropies
             loss = losses.sum() / minibatch_size  # a mean over all ranks' micro-batches, whatever their sizes
             with torch.no_grad():
                 r = ratios.reshape(len(rows), -1)
@@ -245,7 +268,8 @@ def update(model, optimizer, batch, args, rng, run_dir):
                 runs.stop_non_finite(run_dir, "loss", batch, rows)
             if args.target_kl is not None and sums[4] / minibatch_size > args.target_kl:
                 break  # the rest of the minibatch can only add to k3: no backward
-            loss.backward()
+            if loss.requires_grad:  # not in the value warm-up of a state critic
+                loss.backward()
         sums = runs.sum_over_ranks(sums) / minibatch_size
         history.append(sums)
         gap = max(runs.gather_over_ranks(gap)) if number == 0 else gap
@@ -350,12 +374,17 @@ def main(args: Args):
         generators = [torch.Generator().manual_seed(int(rng.integers(2**62))) for rng in rngs]
         draw = lambda rng: training_ids(args.task, args.split, 1, rng, args.fidelity, args.episode_ids)  # noqa: E731
         images, instructions = envs.reset(np.concatenate([draw(rng) for rng in rngs]))
-        obs, texts, tokens, episodes = [], [], [], []
+        obs, texts, tokens, states, episodes = [], [], [], [], []
         logprobs, values, rewards, dones = torch.zeros(4, args.num_steps, num_envs, device=device)  # each (T, N)
+        critic = model.value_head if args.value_input == "state" else None
         lasted = np.zeros(num_envs, dtype=int)  # steps of success so far
+        clock, flags = np.zeros(num_envs), np.zeros((num_envs, 3))  # of the running episodes
         for step in range(args.num_steps):
             inputs = model.rollout_inputs(images)
             action_tokens, logprobs[step], values[step] = model.act(inputs, instructions, args.temperature, generators)
+            if critic:
+                states.append(state_features(envs.privileged_state(), flags, clock / args.max_episode_steps).to(device))
+                values[step] = critic(states[-1]).detach()
             obs.append(inputs.cpu())
             texts += instructions
             tokens.append(action_tokens)
@@ -363,6 +392,8 @@ def main(args: Args):
             lasted = (lasted + 1) * infos["success"]
             ended = ended | (lasted >= args.reset_after_success) if args.reset_after_success else ended
             rewards[step], dones[step] = torch.as_tensor(reward), torch.as_tensor(ended)
+            clock = (clock + 1) * ~ended
+            flags = np.stack([infos[key] for key in ("grasped", "held", "success")], axis=1) * ~ended[:, None]
             episodes.append({name: infos[key][ended] for name, key in EPISODE_METRICS.items()})
             if ended.any() and step + 1 < args.num_steps:
                 env_ids, lasted = np.flatnonzero(ended), lasted * ~ended
@@ -370,7 +401,13 @@ def main(args: Args):
 
         # --- advantages ---
         with torch.no_grad():  # episodes of full length end with the rollout: nothing to bootstrap
-            last_values = torch.zeros(num_envs, device=device) if ended.all() else model.value(images, instructions)
+            if ended.all():
+                last_values = torch.zeros(num_envs, device=device)
+            elif critic:
+                state = state_features(envs.privileged_state(), flags, clock / args.max_episode_steps)
+                last_values = critic(state.to(device))
+            else:
+                last_values = model.value(images, instructions)
         advantages, returns = gae(rewards, values, dones, last_values, args.gamma, args.gae_lambda)
         all_advantages, all_values, all_returns = runs.gather_envs(advantages, values, returns)  # of all ranks
         advantages = normalize(advantages, all_advantages.to(device)) if args.norm_adv else advantages
@@ -392,7 +429,9 @@ def main(args: Args):
             "index": (np.arange(args.num_steps)[:, None] * args.num_envs + env_numbers).flatten(),
         }
         rng = np.random.default_rng((args.seed, iteration, args.num_envs))  # beyond the environments' numbers
+        batch |= {"states": torch.cat(states)} if critic else {}
         metrics = update(model, optimizer, batch, args, rng, run_dir)
+        metrics |= update_critic(critic, optimizer, batch, args, rng) if critic else {}
         update_s = time.time() - start - rollout_s
 
         # --- metrics ---

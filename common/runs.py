@@ -131,6 +131,18 @@ def gather_envs(*tensors):
     return [torch.cat(parts, dim=1) for parts in zip(*gather_over_ranks([x.cpu() for x in tensors]), strict=True)]
 
 
+def minibatches(index, num_minibatches, rng):
+    """This rank's rows in each minibatch of one epoch over the samples of all ranks: list of int64 tensors.
+
+    index (B,) int64: the number of each of this rank's rows among all; rng: in the same state on every rank.
+    """
+    total = sum(gather_over_ranks(len(index)))
+    row_of = np.full(total, -1)
+    row_of[index] = np.arange(len(index))
+    parts = (row_of[part] for part in np.split(rng.permutation(total), num_minibatches))
+    return [torch.as_tensor(part[part >= 0]) for part in parts]
+
+
 def sum_gradients(parameters):
     """Replaces each gradient by its sum over ranks: one all-reduce of all gradients as one flat vector."""
     if not dist.is_initialized():

@@ -28,6 +28,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from common import checkpoints
 from common.checkpoints import save_vla
+from common.critic import StateCritic
 from common.vision import MLP, ConvStem, TwinTowers
 
 __all__ = ["VLA", "Backbone", "load_vla", "save_vla"]
@@ -126,7 +127,8 @@ class ValueHead(nn.Module):
 class VLA(nn.Module):
     """Policy and value over one `Backbone`; `load_vla` makes it. N rows, 7 action tokens.
 
-    value_input: "h0" (the state only), "hn" (last action position) or "concat" (h0..h6): the study's ablation.
+    value_input: "h0" (the prompt only), "hn" (last action position) or "concat" (h0..h6): the study's ablation; or
+    "state": `value_head` takes features of the simulator's state, and the values of `act` and `evaluate` are 0.
     separate_critic: the value reads its own copy of the backbone.
     """
 
@@ -136,7 +138,8 @@ class VLA(nn.Module):
         self.norm_stats, self.value_input = config["norm_stats"], value_input
         self.critic = copy.deepcopy(backbone) if separate_critic else None
         width = self.llama.config.hidden_size * (ACTION_DIM if value_input == "concat" else 1)
-        self.value_head = ValueHead(width, config.get("value_head", (512, 128))) if value_head else None
+        make_head = StateCritic if value_input == "state" else ValueHead
+        self.value_head = make_head(width, config.get("value_head", (512, 128))) if value_head else None
         self.prompt_ids = functools.cache(self.prompt_ids)
 
     @property
@@ -178,7 +181,7 @@ class VLA(nn.Module):
             return eyes[1](eyes[0](images, self.backbone.recompute))
 
     def values_of(self, hidden, images, ids, mask):
-        if self.value_head is None:
+        if self.value_head is None or self.value_input == "state":
             return torch.zeros(len(ids), device=self.device)
         if self.critic is not None:
             with self.autocast():
@@ -296,7 +299,7 @@ class VLA(nn.Module):
         if not layers and weights is None:
             raise ValueError("reference() needs LoRA; without it, pass the reference's weights")
         trained = {} if weights is None else {n: p for n, p in self.backbone.named_parameters() if p.requires_grad}
-        kept = {}
+        kept, learns = {}, {p: p.requires_grad for p in self.backbone.parameters()}
         try:
             for layer in layers if weights is None else ():
                 layer.enable_adapters(False)
@@ -306,6 +309,8 @@ class VLA(nn.Module):
         finally:
             for layer in layers if weights is None else ():
                 layer.enable_adapters(True)
+            for p, requires_grad in learns.items():  # PEFT lets all adapters learn, those of frozen eyes too
+                p.requires_grad_(requires_grad)
             for name, tensor in kept.items():
                 trained[name].data = tensor.to(trained[name].device)
 
@@ -329,8 +334,8 @@ def load_vla(
     settings["separate_critic"] = source.value_settings.get("separate_critic") == "True"
     if separate_critic is not None:
         settings["separate_critic"] = separate_critic
-    if settings["value_input"] not in ("h0", "hn", "concat"):
-        raise ValueError(f"value_input is {value_input!r}; use 'h0', 'hn' or 'concat'")
+    if settings["value_input"] not in ("h0", "hn", "concat", "state"):
+        raise ValueError(f"value_input is {value_input!r}; use 'h0', 'hn', 'concat' or 'state'")
     if settings["separate_critic"] and settings["value_input"] != "h0":
         raise ValueError(f"separate_critic reads h0 of the prompt, not value_input = {value_input!r}; drop one of them")
     masters = trainable and not lora_rank and (source.adapter is None or merge_adapter)

@@ -69,8 +69,9 @@ def copied(reference, tmp_path):
         {"lora_rank": 4, "separate_critic": True},
         {"separate_critic": True},
         {"value_input": "concat"},
+        {"value_input": "state"},
     ],
-    ids=["full", "lora", "lora+critic", "critic", "concat"],
+    ids=["full", "lora", "lora+critic", "critic", "concat", "state"],
 )
 def test_saved_model_is_the_same_in_a_fresh_process(options, tmp_path):
     """A tensor, a setting or the statistics that is not saved; a random base that is not the same elsewhere."""

@@ -497,7 +497,8 @@ def test_checkpoints_go_to_ppo_and_come_from_it(train, tmp_path):
     small = {key: value for key, value in SMALL.items() if key in ppo_vla.Args.__dataclass_fields__}
     common = dict(num_iterations=1, max_episode_steps=2, num_steps=2)
     start = runs.find_checkpoint(train("grpo", **common))
-    ppo_vla.main(ppo_vla.Args(**small | common | dict(name="ppo", model=str(start), separate_critic=True)))
+    settings = dict(name="ppo", model=str(start), value_input="h0", separate_critic=True)
+    ppo_vla.main(ppo_vla.Args(**small | common | settings))
     start = runs.find_checkpoint(tmp_path / "runs/ppo")
     assert (start / "value_head.safetensors").exists()
     back = runs.find_checkpoint(train("back", model=str(start), **common))

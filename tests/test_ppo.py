@@ -285,6 +285,7 @@ def test_presets_parse_and_are_the_papers(monkeypatch, capsys):
         (dict(assets="no_pack"), "no_pack"),
         (dict(model="no/such/model"), "no/such/model"),
         (dict(name="taken"), "runs/taken holds a run"),
+        (dict(separate_critic=True), "value_input = 'state' needs none; use 'h0'"),
         (dict(reset_after_success=-1), "reset_after_success = -1 must be >= 0"),
         (dict(reset_after_success=3, sim_device="cuda"), "reset_after_success needs .* use --sim-device cpu"),
     ],
@@ -302,7 +303,7 @@ def test_bad_args_are_refused_before_anything_is_loaded(settings, message, tmp_p
 SMALL = dict(
     model="tiny", num_envs=2, max_episode_steps=2, num_steps=4, num_minibatches=4, num_workers=1, torch_threads=1
 )
-SMALL |= dict(eval_episodes=3, eval_every=2, num_videos=1)
+SMALL |= dict(eval_episodes=3, eval_every=2, num_videos=1, value_warmup_iterations=0)
 
 
 @pytest.fixture(scope="module")
@@ -358,7 +359,7 @@ def test_smoke_with_all_files(train, capsys):
     assert rows[1]["losses/first_ratio_gap"] < 1e-4 and rows[1]["losses/num_updates"] == 4
     assert (run_dir / "curve.png").exists() and len(list((run_dir / "videos").glob("*.mp4"))) >= 2
     assert [path.name for path in run_dir.glob("checkpoint-*")] == ["checkpoint-000002"] and any(run_dir.glob("best-*"))
-    start, trained = load_vla("tiny", seed=1), load_vla(runs.find_checkpoint(run_dir))
+    start, trained = load_vla("tiny", seed=1, value_input="state"), load_vla(runs.find_checkpoint(run_dir))
     pairs = zip(start.named_parameters(), trained.parameters(), strict=True)
     moved = {name: not torch.equal(a, b) for (name, a), b in pairs}
     eyes = [name for name in moved if "vision_backbone" in name or "projector" in name]
@@ -369,9 +370,10 @@ def test_smoke_with_all_files(train, capsys):
 @pytest.mark.parametrize(
     "settings",
     [
+        dict(value_input="h0"),
         dict(value_input="hn"),
         dict(value_input="concat"),
-        dict(separate_critic=True),
+        dict(value_input="h0", separate_critic=True),
         dict(ratio_level="token", update_epochs=2, anneal_lr=True),
         dict(gamma=1.0, gae_lambda=1.0, norm_adv=False, value_clip_coef=0.0, target_kl=0.03),
         dict(reset_after_success=1, recompute_logprobs=True, activation_checkpointing=True),
@@ -396,10 +398,16 @@ def test_fixed_episodes(train, simulator, monkeypatch):
 
 def test_value_warmup_and_lora_move_only_their_weights(train):
     """Stops the warm-up of a random critic from damaging the policy, and LoRA from touching the frozen weights."""
-    warm = load_vla(runs.find_checkpoint(train("warm", num_iterations=1, value_warmup_iterations=1, eval_every=0)))
+    settings = dict(num_iterations=1, value_warmup_iterations=1, eval_every=0)
+    warm = load_vla(runs.find_checkpoint(train("warm", value_input="h0", **settings)))
     start = load_vla("tiny", seed=1)
     assert all(torch.equal(a, b) for a, b in zip(warm.backbone.parameters(), start.backbone.parameters(), strict=True))
     assert not torch.equal(warm.value_head.head_l1.weight, start.value_head.head_l1.weight)
+    run_dir, first = train("state", **settings), load_vla("tiny", value_input="state", seed=1).value_head
+    warm = load_vla(runs.find_checkpoint(run_dir))
+    assert warm.value_input == "state" and not torch.equal(warm.value_head.layers[0].weight, first.layers[0].weight)
+    assert all(torch.equal(a, b) for a, b in zip(warm.backbone.parameters(), start.backbone.parameters(), strict=True))
+    assert len(optimizer_of(run_dir)) == 6, "weights and biases of a state critic's three layers, and nothing else"
     lora = load_vla(runs.find_checkpoint(train("lora", num_iterations=1, lora_rank=4, eval_every=0)))
     frozen = {name: p for name, p in lora.backbone.named_parameters() if "lora_" not in name}
     same = dict(start.backbone.named_parameters())
@@ -423,7 +431,8 @@ def test_resume_is_exact(train):
 
 def command(*flags):
     small = Args(**SMALL | dict(eval_every=0))
-    names = "model num_envs max_episode_steps num_steps num_minibatches num_workers torch_threads eval_every".split()
+    names = "model num_envs max_episode_steps num_steps num_minibatches num_workers torch_threads eval_every"
+    names = [*names.split(), "value_warmup_iterations"]
     values = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(small, name)))]
     return [str(ROOT / "ppo_vla.py"), *values, *flags]
 

@@ -493,6 +493,16 @@ def test_lora_trains_adapters_and_leaves_the_base_bit_identical(targets):
         assert torch.equal(p, before[name]) == (name not in trained), name
 
 
+def test_reference_leaves_frozen_eyes_frozen():
+    """Stops PEFT's switch from letting the adapters of frozen eyes learn again: they would only look frozen."""
+    model = load_vla("tiny", lora_rank=2, freeze_vision=True)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with model.reference():
+        pass
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert not any(wanted for name, wanted in before.items() if "vision" in name) and any(before.values())
+
+
 def test_reference_switches_adapters_off():
     """A KL to the wrong policy: inside reference() the base must answer, outside the adapter."""
     model, base = load_vla("tiny", lora_rank=4), load_vla("tiny")

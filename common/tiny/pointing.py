@@ -132,8 +132,8 @@ def scene(env, rng, episode_id, num_poses, varied, image_format):
     class_of = np.zeros(256, np.uint8)  # of a body's number in the segmentation
     for link in env.agent.robot.links:
         class_of[link.per_scene_id.item()] = FINGERS if link in fingers else ARM
-    for (kind, index), actor in env._in_play.items():
-        class_of[actor.per_scene_id.item()] = OBJECTS + index if kind == "object" else RECEPTACLE
+    for (kind, index), actor in env._in_play.items():  # a body's number changes when it enters a new scene
+        class_of[actor._objs[0].per_scene_id] = OBJECTS + index if kind == "object" else RECEPTACLE
     frames, classes, answers = [], [], []
     for mode in rng.choice(MODES, num_poses, p=SHARES):
         robot.set_qpos(rest)
