@@ -217,7 +217,7 @@ def main(args: Args) -> None:
         if args.policy == "model" and loaded != name:
             model = load_vla(found[name][0], device, getattr(torch, args.dtype), value_head=False, trainable=False)
             key = args.unnorm_key or "".join({found[name][1].get("unnorm_key", "")} & set(model.norm_stats))
-            loaded, unnorm_key = name, choose_key(model.norm_stats, key, args.assets)
+            loaded, unnorm_key = name, choose_key(model.norm_stats, key, config["assets"])
         if envs is None:  # after the model, whose errors come in seconds
             kwargs = env_kwargs | {"num_envs": min(args.num_envs, args.num_episodes), "num_workers": args.num_workers}
             envs = make_envs(task, split, device=kwargs.pop("sim_device"), **kwargs)

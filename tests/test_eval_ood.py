@@ -266,3 +266,9 @@ def test_expert_solves_in_distribution_and_zero_does_not(evaluate):
     row = expert["policies"]["expert"]["rows"]["in_distribution"]
     assert row["k"] == 3 and row["return"] == pytest.approx(1.2) and row["held"] == 1.0
     assert zero["policies"]["zero"]["rows"]["in_distribution"]["grasped"] == 0.0
+
+
+def test_a_model_that_names_its_assets_needs_no_flag(evaluate):
+    """Stops the command that ends every run from refusing the run's own checkpoint for want of --assets."""
+    results = evaluate("named", checkpoint=(str(ROOT / "checkpoints/tiny-warmup"),), tasks="id", num_episodes=1)
+    assert results["config"]["assets"] == "primitive"
