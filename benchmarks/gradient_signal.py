@@ -2,10 +2,11 @@
 
 python benchmarks/gradient_signal.py --model checkpoints/tiny-warmup --num-episodes 512
 
-Episodes are cut into chunks. If the gradients of two chunks have the cosine c, then a chunk's gradient has the squared
-signal-to-noise ratio c / (1 - c): twice as many episodes, twice that. A critic (a head on the start's h0, fitted on the
-other half of the episodes) that errs in the same way in all chunks looks like signal too, so a high cosine is necessary
-for learning, not sufficient. Printed for the raw gradient and for one scaled per weight, as Adam does.
+A quarter of the episodes, cut into chunks, is compared with another quarter. If the gradients of two chunks have the
+cosine c, a chunk's gradient has the squared signal-to-noise ratio c / (1 - c): twice as many episodes, twice that.
+Their critics, on h0 or on the simulator's state, are fitted on the third and the fourth quarter, so that one critic's
+error does not look like signal; what both get wrong still does. Printed for the raw gradient and for one scaled per
+weight, as Adam does.
 """
 
 import sys
@@ -17,8 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from common.critic import state_features
 from common.evaluate import training_ids
 from common.vec_env import make_envs
 from ppo_vla import gae
@@ -30,28 +33,31 @@ T = 40  # steps of an episode
 class Args:
     model: str = "checkpoints/tiny-warmup"
     recording: str = "runs/gradient_signal.pt"  # made by the first call and read by the next
-    num_episodes: int = 512
-    num_chunks: int = 8
-    gae_lambdas: tuple[float, ...] = (0.8, 0.9, 0.95, 1.0)  # and always: returns without a critic
+    num_episodes: int = 1024
+    num_chunks: int = 4  # of each quarter that is compared
+    gae_lambdas: tuple[float, ...] = (0.8, 0.95, 1.0)
     num_envs: int = 64
     torch_threads: int = 2
 
 
 def record(args, model):
-    """Episodes of the start at temperature 1: dict of what the model saw, action_tokens (E, T, 7), rewards (E, T)."""
+    """Episodes of the start at temperature 1: dict of what the model saw, action_tokens (E, T, 7), rewards (E, T), and
+    states (E, T, D) as a state critic reads them."""
     envs, (key,) = make_envs(num_envs=args.num_envs, max_episode_steps=T), model.norm_stats
     ids = training_ids("main", "train", args.num_episodes, np.random.default_rng(99))
     generators = [torch.Generator().manual_seed(1000 + i) for i in range(args.num_envs)]
-    data = {name: [] for name in ("inputs", "action_tokens", "rewards")}
+    data = {name: [] for name in "inputs action_tokens rewards states".split()}
     texts = []
     for batch in ids.reshape(-1, args.num_envs):
         images, instructions = envs.reset(batch)
-        steps = []
-        for _ in range(T):
+        steps, flags = [], np.zeros((args.num_envs, 3))
+        for t in range(T):
+            state = state_features(envs.privileged_state(), flags, np.full(args.num_envs, t / T))
             inputs = model.rollout_inputs(images)
             tokens = model.act(inputs, instructions, 1.0, generators)[0]
-            images, rewards, _, _ = envs.step(model.actions_from_tokens(tokens, key))
-            steps.append((inputs, tokens, torch.as_tensor(rewards)))
+            images, rewards, _, infos = envs.step(model.actions_from_tokens(tokens, key))
+            flags = np.stack([infos[name] for name in ("grasped", "held", "success")], axis=1)
+            steps.append((inputs, tokens, torch.as_tensor(rewards), state))
         for name, values in zip(data, zip(*steps, strict=True), strict=True):
             data[name].append(torch.stack(values, dim=1))
         texts += instructions
@@ -59,38 +65,38 @@ def record(args, model):
     torch.save({name: torch.cat(values) for name, values in data.items()} | {"instructions": texts}, args.recording)
 
 
-def fit_critic(hidden, returns):
-    """Values (E, T): each half of the episodes by a head on hidden (E, T, D) that was fitted to the other half."""
+def fit_critic(features, returns, quarter):
+    """Values (E, T) by MLPs on features (E, T, D): quarter 0 by one fitted on quarter 2, quarter 1 by one of 3."""
     values = torch.zeros_like(returns)
-    for half in range(2):
-        train = torch.arange(len(returns)) % 2 == half
-        torch.manual_seed(0)
-        head = torch.nn.Sequential(torch.nn.Linear(hidden.shape[-1], 128), torch.nn.GELU(), torch.nn.Linear(128, 1))
-        optimizer = torch.optim.AdamW(head.parameters(), 1e-3)
-        x, y = hidden[train].flatten(0, 1), returns[train].flatten()
-        for rows in (rows for _ in range(4) for rows in torch.randperm(len(x)).split(256)):
+    for q in range(2):
+        torch.manual_seed(q)
+        widths = (features.shape[-1], 256, 256)
+        layers = [layer for pair in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(*pair), nn.GELU())]
+        critic = nn.Sequential(*layers, nn.Linear(256, 1))
+        optimizer = torch.optim.AdamW(critic.parameters(), 1e-3)
+        x, y = features[quarter == q + 2].flatten(0, 1), returns[quarter == q + 2].flatten()
+        for rows in (rows for _ in range(5) for rows in torch.randperm(len(x)).split(256)):
             optimizer.zero_grad()
-            F.mse_loss(head(x[rows])[:, 0], y[rows]).backward()
+            F.mse_loss(critic(x[rows])[:, 0], y[rows]).backward()
             optimizer.step()
         with torch.no_grad():
-            values[~train] = head(hidden[~train])[..., 0]
+            values[quarter == q] = critic(features[quarter == q])[..., 0]
     return values
 
 
-def mean_cosine(gradients):
-    """Mean cosine of all pairs of rows, and its standard error as if the pairs were independent."""
-    unit = F.normalize(gradients, dim=1)
-    pairs = (unit @ unit.T)[torch.triu(torch.ones(len(unit), len(unit), dtype=torch.bool), 1)]
-    return pairs.mean().item(), (pairs.std() / len(pairs) ** 0.5).item()
+def mean_cosine(first, second):
+    """Mean cosine of all pairs of a row of each, and its standard error as if the pairs were independent."""
+    pairs = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T
+    return pairs.mean().item(), (pairs.std() / pairs.numel() ** 0.5).item()
 
 
 def main(args: Args):
     from common.vla import load_vla
 
-    if args.num_episodes % args.num_envs or args.num_chunks < 2:
+    if args.num_episodes % args.num_envs or args.num_episodes % 4 or args.num_chunks < 2:
         raise ValueError(
-            f"num_episodes = {args.num_episodes} must be a multiple of num_envs = {args.num_envs} and num_chunks = "
-            f"{args.num_chunks} >= 2; use 512 and 8"
+            f"num_episodes = {args.num_episodes} must be a multiple of 4 and of num_envs = {args.num_envs}, "
+            f"num_chunks = {args.num_chunks} >= 2; use 1024, 64 and 4"
         )
     torch.set_num_threads(args.torch_threads)
     model = load_vla(args.model, value_head=False, freeze_vision=True)
@@ -111,19 +117,23 @@ def main(args: Args):
     dones, last = torch.zeros_like(rewards), torch.zeros(num_episodes)
     dones[-1] = 1
     returns = gae(rewards, torch.zeros_like(rewards), dones, last, 0.99, 1.0)[0]
-    values = fit_critic(hidden.view(num_episodes, T, -1), returns.T.contiguous()).T.contiguous()
-    explained = 1 - (values - returns).var() / returns.var()
-    print(f"{num_episodes} episodes, mean return {rewards.sum(0).mean():.2f}, explained variance {explained:.2f}")
+    quarter, compared = torch.arange(num_episodes) % 4, torch.arange(num_episodes) % 4 < 2
+    print(f"{num_episodes} episodes, mean return {rewards.sum(0).mean():.2f}")
     advantages = {"returns - their mean per step": returns - returns.mean(1, keepdim=True)}
-    for gae_lambda in args.gae_lambdas:
-        advantages[f"lambda {gae_lambda}"] = gae(rewards, values, dones, last, 0.99, gae_lambda)[0]
+    for critic, features in (("h0", hidden.view(num_episodes, T, -1)), ("state", data["states"])):
+        values = fit_critic(features, returns.T.contiguous(), quarter).T.contiguous()
+        explained = 1 - (values - returns)[:, compared].var() / returns[:, compared].var()
+        print(f"{critic} critic: explained variance {explained:.2f}")
+        for gae_lambda in args.gae_lambdas:
+            advantages[f"{critic}, lambda {gae_lambda}"] = gae(rewards, values, dones, last, 0.99, gae_lambda)[0]
 
     # --- gradients ---
     parameters = [p for p in model.parameters() if p.requires_grad]
     for name, advantage in advantages.items():
         start, gradients = time.time(), []
-        advantage = ((advantage - advantage.mean()) / advantage.std()).T.flatten()
-        for chunk in torch.arange(num_episodes).chunk(args.num_chunks):
+        used = advantage[:, compared]
+        advantage = ((advantage - used.mean()) / used.std()).T.flatten()
+        for chunk in (c for q in range(2) for c in torch.nonzero(quarter == q).flatten().chunk(args.num_chunks)):
             model.zero_grad()
             rows = (chunk[:, None] * T + torch.arange(T)).flatten()
             for part in rows.split(256):
@@ -132,7 +142,7 @@ def main(args: Args):
             gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
         gradients = torch.stack(gradients)
         scaled = gradients / (gradients.square().mean(0).sqrt() + 1e-8)
-        (raw, raw_se), (adam, adam_se) = mean_cosine(gradients), mean_cosine(scaled)
+        (raw, raw_se), (adam, adam_se) = (mean_cosine(*x.split(args.num_chunks)) for x in (gradients, scaled))
         cosines = f"cosine {raw:+.3f} +- {raw_se:.3f}, scaled {adam:+.3f} +- {adam_se:.3f}"
         print(f"{name:30} {cosines} | {time.time() - start:.0f} s", flush=True)
 
