@@ -17,14 +17,15 @@ DEMO_ARGS ?= --num-envs 64 --num-iterations 4 --value-warmup-iterations 1
 demo: setup
 	$(PY) ppo_vla.py $(DEMO_ARGS)
 
-# regenerates checkpoints/tiny-warmup, 25 minutes on two cores; see results/warmup
+# regenerates checkpoints/tiny-warmup, 45 minutes on two cores; see results/warmup
 warmup: setup
 	$(PY) -m common.tiny.pointing --num-scenes 8000 --output demos/pointing
 	$(PY) -m common.tiny.pointing --num-scenes 6000 --task multi_carrot --seed 1 --output demos/pointing-two
 	$(VENV)/bin/torchrun --nproc-per-node 2 -m common.tiny.pretrain --output runs/tiny-pretrained
 	$(PY) -m common.demos --num-demos 500 --num-envs 32 --output demos/main
 	$(VENV)/bin/torchrun --nproc-per-node 2 sft_vla.py --model runs/tiny-pretrained --demos demos/main --name tiny-warmup \
-		--dtype bfloat16 --torch-threads 1 --num-envs 64 --learning-rate 1e-3 --num-iterations 7 --eval-every 7
+		--dtype bfloat16 --torch-threads 1 --num-envs 64 --eval-episodes 192 --learning-rate 1e-3 --batch-size 64 \
+		--num-iterations 7 --eval-every 7
 	mkdir -p checkpoints/tiny-warmup && cp runs/tiny-warmup/args.json runs/tiny-warmup/checkpoint-000007/*.json \
 		runs/tiny-warmup/checkpoint-000007/model.safetensors checkpoints/tiny-warmup/
 

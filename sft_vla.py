@@ -78,7 +78,7 @@ class Args:
     demos: tuple[str, ...] = ("demos/main",)  # directories of common/demos.py, mixed by their sizes
     num_demos: int = 0  # the first so many of each directory; 0 = all
     val_demos: int = 20  # episodes kept for validation; [P] 16
-    drop_idle: bool = False  # drop steps that hardly move [P baseline]; here idle steps teach to wait and to rest [M]
+    drop_idle: Literal["none", "still", "published"] = "still"  # steps left out [M]; [P] none, published
     statistics: Literal["symmetric", "quantiles", "model"] = "symmetric"  # of the data, or those of the model kept
     num_iterations: int = 40  # of num_updates optimizer steps each
     num_updates: int = 100  # per iteration: one line of metrics
@@ -96,12 +96,14 @@ PAPER = dict(
     assets="bridge", max_episode_steps=80, image_size=(640, 480), sim_freq=500, solver_iterations=15,
     fidelity="published", shader_pack="default", sim_device="cuda", model="openvla/openvla-7b", dtype="bfloat16",
     lora_rank=32, statistics="quantiles", batch_size=32, micro_batch_size=8, learning_rate=5e-4,
-    lr_schedule="constant", warmup_updates=0, max_grad_norm=float("inf"), val_demos=16,
+    lr_schedule="constant", warmup_updates=0, max_grad_norm=float("inf"), val_demos=16, drop_idle="none",
 )  # fmt: skip
 PRESETS = {
     "default": Args(),
     "warmup": Args(preset="warmup", **PAPER, num_iterations=20, augment=True),
-    "baseline": Args(preset="baseline", **PAPER, num_iterations=600, eval_every=50, merge_adapter=True, drop_idle=True),
+    "baseline": Args(
+        preset="baseline", **PAPER | {"drop_idle": "published"}, num_iterations=600, eval_every=50, merge_adapter=True
+    ),
 }
 
 

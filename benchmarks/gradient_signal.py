@@ -35,15 +35,19 @@ class Args:
     recording: str = "runs/gradient_signal.pt"  # made by the first call and read by the next
     num_episodes: int = 1024
     num_chunks: int = 4  # of each quarter that is compared
-    gae_lambdas: tuple[float, ...] = (0.8, 0.95, 1.0)
+    gae_lambdas: tuple[float, ...] = (0.5, 0.65, 0.8, 0.95, 1.0)
+    temperature: float = 1.0  # sampled from and scored
     num_envs: int = 64
+    num_workers: int = 0  # 0 = one per core
     torch_threads: int = 2
+    dtype: str = "float32"  # of matmuls; bfloat16 is faster where the processor has it
 
 
 def record(args, model):
-    """Episodes of the start at temperature 1: dict of what the model saw, action_tokens (E, T, 7), rewards (E, T), and
+    """Episodes of the start: dict of what the model saw, action_tokens (E, T, 7), rewards (E, T), and
     states (E, T, D) as a state critic reads them."""
-    envs, (key,) = make_envs(num_envs=args.num_envs, max_episode_steps=T), model.norm_stats
+    envs = make_envs(num_envs=args.num_envs, max_episode_steps=T, num_workers=args.num_workers)
+    (key,) = model.norm_stats
     ids = training_ids("main", "train", args.num_episodes, np.random.default_rng(99))
     generators = [torch.Generator().manual_seed(1000 + i) for i in range(args.num_envs)]
     data = {name: [] for name in "inputs action_tokens rewards states".split()}
@@ -54,7 +58,7 @@ def record(args, model):
         for t in range(T):
             state = state_features(envs.privileged_state(), flags, np.full(args.num_envs, t / T))
             inputs = model.rollout_inputs(images)
-            tokens = model.act(inputs, instructions, 1.0, generators)[0]
+            tokens = model.act(inputs, instructions, args.temperature, generators)[0]
             images, rewards, _, infos = envs.step(model.actions_from_tokens(tokens, key))
             flags = np.stack([infos[name] for name in ("grasped", "held", "success")], axis=1)
             steps.append((inputs, tokens, torch.as_tensor(rewards), state))
@@ -63,6 +67,13 @@ def record(args, model):
         texts += instructions
     envs.close()
     torch.save({name: torch.cat(values) for name, values in data.items()} | {"instructions": texts}, args.recording)
+
+
+def discounted_returns(rewards):
+    """(T, E) of rewards (T, E): the sum of what follows, discounted by .99."""
+    dones, zeros = torch.zeros_like(rewards), torch.zeros(rewards.shape[1])
+    dones[-1] = 1
+    return gae(rewards, torch.zeros_like(rewards), dones, zeros, 0.99, 1.0)[0]
 
 
 def fit_critic(features, returns, quarter):
@@ -99,7 +110,7 @@ def main(args: Args):
             f"num_chunks = {args.num_chunks} >= 2; use 1024, 64 and 4"
         )
     torch.set_num_threads(args.torch_threads)
-    model = load_vla(args.model, value_head=False, freeze_vision=True)
+    model = load_vla(args.model, dtype=getattr(torch, args.dtype), value_head=False, freeze_vision=True)
     if not Path(args.recording).exists():
         Path(args.recording).parent.mkdir(parents=True, exist_ok=True)
         record(args, model)
@@ -116,7 +127,7 @@ def main(args: Args):
         hidden = torch.cat([model.backbone.hidden(*model.backbone.embed(x, *prompt))[:, 0] for x, prompt in parts])
     dones, last = torch.zeros_like(rewards), torch.zeros(num_episodes)
     dones[-1] = 1
-    returns = gae(rewards, torch.zeros_like(rewards), dones, last, 0.99, 1.0)[0]
+    returns = discounted_returns(rewards)
     quarter, compared = torch.arange(num_episodes) % 4, torch.arange(num_episodes) % 4 < 2
     print(f"{num_episodes} episodes, mean return {rewards.sum(0).mean():.2f}")
     advantages = {"returns - their mean per step": returns - returns.mean(1, keepdim=True)}
@@ -137,7 +148,7 @@ def main(args: Args):
             model.zero_grad()
             rows = (chunk[:, None] * T + torch.arange(T)).flatten()
             for part in rows.split(256):
-                logprobs = model.evaluate(inputs[part], [texts[row] for row in part], tokens[part])[0]
+                logprobs = model.evaluate(inputs[part], [texts[row] for row in part], tokens[part], args.temperature)[0]
                 (-(logprobs * advantage[part]).sum() / len(rows)).backward()
             gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
         gradients = torch.stack(gradients)

@@ -1,10 +1,12 @@
 """What does one PPO update teach, by its settings? Measured on recorded episodes, without new ones.
 
-python benchmarks/update_gain.py --model runs/NAME/checkpoint-000007 --num-episodes 768 --no-freeze-vision
+python benchmarks/update_gain.py --settings 4e-5:1e-8:1:0.8 1e-3:1e-2:1:0.8
 
-Two thirds of the episodes train a critic (a head on the start's h0) and then the policy. On the others it prints the
-sum over steps of (ratio - 1) A, the first-order gain in units of the normalised advantage A, and the KL it cost.
-Settings to be compared need the same recording: `--recording` is made by the first call and read by the next.
+The recording is that of gradient_signal.py. The policy is updated on one quarter of its episodes; on another it prints
+the sum over steps of (ratio - 1) A, the first-order gain of return per episode, and the KL that it cost; then the other
+way round, and the mean of both. Advantages of the two quarters come from state critics fitted on the third and the
+fourth, so that one critic's error does not pass for a gain. The gain is measured with lambda .8 and, with far more
+noise but no trust in a critic, with lambda 1.
 """
 
 import sys
@@ -14,127 +16,81 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.evaluate import training_ids
-from common.vec_env import make_envs
+from benchmarks.gradient_signal import T, discounted_returns, fit_critic, record
 from ppo_vla import gae, normalize, policy_loss
-
-T = 40  # steps of an episode
 
 
 @dataclass
 class Args:
+    settings: tuple[str, ...]  # learning rate:Adam's eps:epochs:lambda, each a line of the result
     model: str = "checkpoints/tiny-warmup"
-    recording: str = "runs/update_gain.npz"
-    num_episodes: int = 768
-    num_envs: int = 64
-    freeze_vision: bool = True
-    lora_rank: int = 0  # of the language model; 0 = all its weights
-    learning_rate: float = 1e-4
-    minibatch_size: int = 512
-    update_epochs: int = 1
-    gae_lambda: float = 0.95  # of the update; the gain is measured with 0.95
+    recording: str = "runs/gradient_signal.pt"  # made by the first call and read by the next
+    num_episodes: int = 1024
+    num_minibatches: int = 20
     clip_coef: float = 0.2
+    temperature: float = 1.0  # sampled from and scored
+    num_envs: int = 64
+    num_workers: int = 0  # 0 = one per core
     torch_threads: int = 2
+    dtype: str = "float32"  # of matmuls; bfloat16 is faster where the processor has it
 
 
-def record(args, model):
-    """Episodes of the start at temperature 1, one row each: images, action_tokens, logprobs, rewards, instructions."""
-    envs, (key,) = make_envs(num_envs=args.num_envs, max_episode_steps=T), model.norm_stats
-    ids = training_ids("main", "train", args.num_episodes, np.random.default_rng(99))
-    generators = [torch.Generator().manual_seed(1000 + i) for i in range(args.num_envs)]
-    rows = {name: [] for name in ("images", "action_tokens", "logprobs", "rewards", "instructions")}
-    for batch in ids.reshape(-1, args.num_envs):
-        images, instructions = envs.reset(batch)
-        steps = []
-        for _ in range(T):
-            inputs = model.fit_images(images)
-            tokens, logprobs, _ = model.act(inputs, instructions, 1.0, generators)
-            images, rewards, _, _ = envs.step(model.actions_from_tokens(tokens, key))
-            steps.append((inputs.numpy(), tokens.numpy(), logprobs.numpy(), rewards))
-        for name, values in zip(rows, zip(*steps, strict=True), strict=False):
-            rows[name].append(np.stack(values, axis=1))
-        rows["instructions"].append(np.array(instructions))
-    envs.close()
-    np.savez(args.recording, **{name: np.concatenate(values) for name, values in rows.items()})
-
-
-def fit_critic(hidden, returns, train):
-    """Values (E, T) of an MLP on hidden (E, T, D), fitted to returns (E, T) of the episodes `train`."""
-    torch.manual_seed(0)
-    head = torch.nn.Sequential(torch.nn.Linear(hidden.shape[-1], 128), torch.nn.GELU(), torch.nn.Linear(128, 1))
-    optimizer = torch.optim.AdamW(head.parameters(), 1e-3)
-    x, y = hidden[train].flatten(0, 1), returns[train].flatten()
-    for rows in (rows for _ in range(5) for rows in torch.randperm(len(x)).split(512)):
-        optimizer.zero_grad()
-        F.mse_loss(head(x[rows])[:, 0], y[rows]).backward()
-        optimizer.step()
-    with torch.no_grad():
-        return head(hidden)[..., 0]
+def logprobs_of(model, data, rows, temperature):
+    """(M,) float32 nats of the recorded actions of rows (M,)."""
+    texts = [data["instructions"][row // T] for row in rows.tolist()]
+    inputs, tokens = data["inputs"].flatten(0, 1)[rows], data["action_tokens"].flatten(0, 1)[rows]
+    return model.evaluate(inputs, texts, tokens, temperature)[0]
 
 
 def main(args: Args):
     from common.vla import load_vla
 
-    if args.num_episodes % args.num_envs or args.num_episodes < 2 * args.num_envs:
-        raise ValueError(
-            f"num_episodes = {args.num_episodes} must be >= 2 and a multiple of num_envs = {args.num_envs}"
-        )
     torch.set_num_threads(args.torch_threads)
-    settings = dict(value_head=False, lora_rank=args.lora_rank, lora_targets="llm", freeze_vision=args.freeze_vision)
-    model = load_vla(args.model, **settings)
-    Path(args.recording).parent.mkdir(parents=True, exist_ok=True)
+    load = lambda: load_vla(args.model, dtype=getattr(torch, args.dtype), value_head=False, freeze_vision=True)  # noqa: E731
     if not Path(args.recording).exists():
-        record(args, model)
-    data = dict(np.load(args.recording, allow_pickle=False))
-    images, tokens, old = (torch.from_numpy(data[k]).flatten(0, 1) for k in ("images", "action_tokens", "logprobs"))
-    texts, rewards = np.repeat(data["instructions"], T), torch.from_numpy(data["rewards"]).T.contiguous()  # (T, E)
-    num_episodes = rewards.shape[1]
-    train, test = torch.arange(num_episodes).split([num_episodes * 2 // 3, num_episodes - num_episodes * 2 // 3])
-    rows_of = lambda episodes: (episodes[:, None] * T + torch.arange(T)).flatten()  # noqa: E731
-
-    # --- critic ---
-    with torch.no_grad():
-        prompts = [model.tokenize(texts[rows].tolist()) for rows in torch.arange(len(texts)).split(512)]
-        parts = zip(images.split(512), prompts, strict=True)
-        hidden = torch.cat([model.backbone.hidden(*model.backbone.embed(x, *prompt))[:, 0] for x, prompt in parts])
-    dones, last = torch.zeros_like(rewards), torch.zeros(num_episodes)
+        Path(args.recording).parent.mkdir(parents=True, exist_ok=True)
+        record(args, load())
+    data = torch.load(args.recording, weights_only=True)
+    rewards = data["rewards"].float().T.contiguous()  # (T, E)
+    quarter = torch.arange(rewards.shape[1]) % 4
+    dones, last = torch.zeros_like(rewards), torch.zeros(rewards.shape[1])
     dones[-1] = 1
-    returns = gae(rewards, torch.zeros_like(rewards), dones, last, 0.99, 1.0)[0].T
-    values = fit_critic(hidden.view(num_episodes, T, -1), returns, train).T.contiguous()
-    explained = 1 - (values.T - returns)[test].var() / returns[test].var()
-    advantages = lambda gae_lambda: gae(rewards, values, dones, last, 0.99, gae_lambda)[0]  # noqa: E731
-    measured, used = (normalize(x, x).T.flatten() for x in (advantages(0.95), advantages(args.gae_lambda)))
-
-    # --- update ---
-    start, parameters = time.time(), [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=0.01)
-    rng, rows = np.random.default_rng(0), rows_of(train)
-    for minibatch in (
-        m for _ in range(args.update_epochs) for m in rows[rng.permutation(len(rows))].split(args.minibatch_size)
-    ):
-        optimizer.zero_grad()
-        for part in minibatch.split(256):
-            logprobs = model.evaluate(images[part], texts[part].tolist(), tokens[part])[0]
-            (policy_loss(logprobs, old[part], used[part], args.clip_coef)[0].sum() / len(minibatch)).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 10.0)
-        optimizer.step()
-
-    # --- other episodes ---
+    values = fit_critic(data["states"], discounted_returns(rewards).T.contiguous(), quarter).T.contiguous()
+    advantages_of = lambda lam: gae(rewards, values, dones, last, 0.99, lam)[0].T.contiguous()  # (E, T)  # noqa: E731
+    halves = [(torch.nonzero(quarter == q) * T + torch.arange(T)).flatten() for q in (0, 1)]  # rows of E x T
     with torch.no_grad():
-        parts = rows_of(test).split(256)
-        logratios = torch.cat([model.evaluate(images[p], texts[p].tolist(), tokens[p])[0] - old[p] for p in parts])
-    ratios = logratios.exp()
-    gains = ((ratios - 1) * measured[rows_of(test)]).view(-1, T).sum(1)
-    kl = (ratios - 1 - logratios).mean().item()
-    print(
-        f"{sum(p.numel() for p in parameters) / 1e6:.2f} M weights, explained variance {explained:.2f} | gain per "
-        f"episode {gains.mean():+.3f} +- {gains.std() / len(gains) ** 0.5:.3f} | KL {kl:.4f} | gain / sqrt(KL) "
-        f"{gains.mean() / max(kl, 1e-9) ** 0.5:.2f} | {time.time() - start:.0f} s"
-    )
+        model = load()
+        old = torch.zeros(rewards.numel())
+        for rows in (rows for half in halves for rows in half.split(256)):
+            old[rows] = logprobs_of(model, data, rows, args.temperature)
+    for setting in args.settings:
+        learning_rate, eps, epochs, gae_lambda = (float(part) for part in setting.split(":"))
+        start, gains, kls = time.time(), {0.8: [], 1.0: []}, []
+        for train, test in (halves, halves[::-1]):
+            model, advantages = load(), advantages_of(gae_lambda).flatten()
+            advantages = normalize(advantages, advantages[train])
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(parameters, learning_rate, eps=eps, weight_decay=0.01)
+            rng = np.random.default_rng(0)
+            permutations = (train[rng.permutation(len(train))] for _ in range(int(epochs)))
+            for rows in (rows for each in permutations for rows in each.chunk(args.num_minibatches)):
+                optimizer.zero_grad()
+                for part in rows.split(128):
+                    logprobs = logprobs_of(model, data, part, args.temperature)
+                    (policy_loss(logprobs, old[part], advantages[part], args.clip_coef)[0].sum() / len(rows)).backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 10.0)
+                optimizer.step()
+            with torch.no_grad():
+                logratios = torch.cat([logprobs_of(model, data, p, args.temperature) - old[p] for p in test.split(256)])
+            kls.append((logratios.exp() - 1 - logratios).mean().item())
+            for lam, parts in gains.items():
+                parts.append(((logratios.exp() - 1) * advantages_of(lam).flatten()[test]).view(-1, T).sum(1))
+        gains = {lam: torch.cat(parts) for lam, parts in gains.items()}
+        text = " | ".join(f"lambda {k}: {g.mean():+.3f} +- {g.std() / len(g) ** 0.5:.3f}" for k, g in gains.items())
+        print(f"{setting} | gain, {text} | KL {np.mean(kls):.4f} | {time.time() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

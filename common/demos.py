@@ -254,11 +254,11 @@ def _open(path):
         raise ValueError(f"{path} is not a readable HDF5 file ({error}); truncated? record it again") from error
 
 
-def load_demos(paths, fit=lambda images: images, num_demos=None, drop_idle=False):
+def load_demos(paths, fit=lambda images: images, num_demos=None, drop_idle="none"):
     """Read what `record` wrote: one directory (or its trajectory.h5), or a sequence of them to mix.
 
     Args: fit: (T, H, W, 3) uint8 -> array or tensor to keep (`model.fit_images`); num_demos: the first so many of each;
-    drop_idle: drop steps that move < 1 cm and < 0.06 rad without a gripper change (Liu et al. 2025).
+    drop_idle: "none", "still" or "published": which steps are left out, see `moving_steps`.
     Returns `Demos`; its statistics are the file's, computed anew for a mixture or with `drop_idle`.
     Raises FileNotFoundError, or ValueError naming file and key.
     """
@@ -276,7 +276,7 @@ def load_demos(paths, fit=lambda images: images, num_demos=None, drop_idle=False
                 images.append(fit(frames))
                 actions.append(labels)
                 kept.append(entry)
-    alone = len(paths) == 1 and not drop_idle
+    alone = len(paths) == 1 and drop_idle == "none"
     return Demos(
         images=np.concatenate(images) if isinstance(images[0], np.ndarray) else torch.cat(images),
         actions=np.concatenate(actions),
@@ -312,18 +312,22 @@ def _read_episode(path, file, entry, drop_idle):
         actions = np.asarray(group["expert_actions" if "expert_actions" in group else "actions"], dtype=np.float32)
         if actions.shape != (rule := (entry["elapsed_steps"], 7)):
             raise ValueError(f"{path}: {name}/actions is {actions.shape}, not {rule}: xyz, Euler angles, gripper")
-        keep = moving_steps(actions) if drop_idle else np.arange(len(actions))
+        keep = moving_steps(actions, drop_idle)
         frames = group[f"obs/sensor_data/{CAMERA}/rgb"]
         return np.stack([np.asarray(Image.open(io.BytesIO(frames[int(t)]))) for t in keep]), actions[keep]
     except (KeyError, OSError) as error:
         raise ValueError(f"{path}: {name} cannot be read ({error}); truncated? record it again") from error
 
 
-def moving_steps(actions, metres=0.01, radians=0.06):
-    """Indices of the steps of actions (T, 7) that move the arm, or the gripper differently than the step before."""
+def moving_steps(actions, drop_idle):
+    """Indices of the steps of actions (T, 7) to learn from. Dropped are: "none", no step; "published", those that move
+    < 1 cm and < 0.06 rad without a gripper change (Liu et al. 2025); "still", those that do not move at all without a
+    gripper change, but for the last two, which teach to rest."""
+    metres, radians = {"none": (-1, -1), "still": (0, 0), "published": (0.01, 0.06)}[drop_idle]
     toggled = np.diff(actions[:, 6], prepend=actions[:1, 6]) != 0
     moves = (np.linalg.norm(actions[:, :3], axis=1) > metres) | (np.linalg.norm(actions[:, 3:6], axis=1) > radians)
-    return np.flatnonzero(moves | toggled)
+    rests = (drop_idle == "still") & (np.arange(len(actions)) >= len(actions) - 2)
+    return np.flatnonzero(moves | toggled | rests)
 
 
 if __name__ == "__main__":

@@ -145,9 +145,9 @@ def minibatches(index, num_minibatches, rng):
 
 def sum_gradients(parameters):
     """Replaces each gradient by its sum over ranks: one all-reduce of all gradients as one flat vector."""
-    if not dist.is_initialized():
-        return
     parameters = [p for p in parameters if p.requires_grad]
+    if not dist.is_initialized() or not parameters:  # none: the policy in the value warm-up
+        return
     # A rank may hold no sample of a minibatch; it contributes zeros.
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     dist.all_reduce(flat)

@@ -189,7 +189,16 @@ def test_idle_steps_follow_the_published_rule():
     actions = np.zeros((6, 7))
     actions[:, 6] = [1, 1, -1, -1, 1, 1]
     actions[1, 0], actions[3, 5] = 0.011, 0.05
-    assert moving_steps(actions).tolist() == [1, 2, 4]
+    assert moving_steps(actions, "published").tolist() == [1, 2, 4]
+    assert moving_steps(actions, "none").tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_still_steps_are_those_without_any_command():
+    """Stops a filter that drops slow moves, the closing of the gripper, or all rest after success."""
+    actions = np.zeros((9, 7))
+    actions[:, 6] = [1, 1, -1, -1, -1, 1, 1, 1, 1]
+    actions[1, 0], actions[4, 5] = 0.005, -0.05
+    assert moving_steps(actions, "still").tolist() == [1, 2, 4, 5, 7, 8]
 
 
 # --- bad input ---

@@ -459,11 +459,12 @@ def test_sigterm_leaves_a_run_that_continues_exactly(train, tmp_path):
 
 
 def test_two_ranks_make_the_update_of_one(train, tmp_path):
-    """Stops torchrun from being another algorithm: same total batch on 1 and 2 ranks, same weights."""
-    train("one", num_iterations=1, eval_every=0)
+    """Stops torchrun from being another algorithm: same total batch on 1 and 2 ranks, same weights, after an iteration
+    of value warm-up, in which the policy has no gradient to sum, and one of both."""
+    train("one", num_iterations=2, value_warmup_iterations=1, eval_every=0)
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        + command("--name", "two", "--num-iterations", "1"),
+        + command("--name", "two", "--num-iterations", "2", "--value-warmup-iterations", "1"),
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=550,
     )  # fmt: skip
     fresh = load_vla("tiny", seed=1, value_input="state")

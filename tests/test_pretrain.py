@@ -48,6 +48,13 @@ def test_two_objects_have_two_classes(paths):
         assert (objects >= pointing.OBJECTS).sum() == 2
 
 
+def test_scenes_with_one_object(paths):
+    """Stops eyes that are asked where "the" object is while two lie there."""
+    for path, alone in zip(paths, (True, False), strict=True):
+        _, classes, _, _, scenes = pretrain.load(path, load_vla("tiny").backbone.vision_backbone)
+        assert pretrain.one_object(classes, scenes).tolist() == [alone] * len(scenes)
+
+
 def test_both_stages_learn_and_the_model_is_a_start(paths, tmp_path, capsys):
     """Stops a stage that trains nothing, a model that does not load, and eyes that the second stage forgets."""
     args = dict(demos=paths, batch_size=16, val_scenes=1, dtype="float32", seed=3)

@@ -187,5 +187,5 @@ def test_presets_are_the_paper_s():
         assert preset["num_iterations"] * preset["num_updates"] == updates
         assert (preset["lora_rank"], preset["learning_rate"], preset["batch_size"]) == (32, 5e-4, 32)
         assert (preset["lr_schedule"], preset["statistics"]) == ("constant", "quantiles")
-    assert PRESETS["warmup"].augment and not PRESETS["warmup"].drop_idle
-    assert PRESETS["baseline"].drop_idle and not PRESETS["baseline"].augment
+    assert PRESETS["warmup"].augment and PRESETS["warmup"].drop_idle == "none"
+    assert PRESETS["baseline"].drop_idle == "published" and not PRESETS["baseline"].augment

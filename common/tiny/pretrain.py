@@ -36,9 +36,9 @@ class Args:
     demos: tuple[str, ...] = ("demos/pointing", "demos/pointing-two")  # directories of common/tiny/pointing.py
     output: str = "runs/tiny-pretrained"  # model directory, a start for sft_vla.py
     model: str = "tiny"  # a directory, or tiny (random weights)
-    eyes_updates: int = 2400  # optimizer steps of the eyes alone
-    pointing_updates: int = 2600  # of the whole model
-    batch_size: int = 128  # over all ranks
+    eyes_updates: int = 4500  # optimizer steps of the eyes alone
+    pointing_updates: int = 6000  # of the whole model
+    batch_size: int = 64  # over all ranks; more, smaller updates find far objects sooner (docs/log.md)
     learning_rate: float = 2e-3  # AdamW; each stage ends with half a cosine
     label_std: float = 4.0  # bins; an answer's label is a normal distribution: near misses are nearly right
     val_scenes: int = 100  # the last ones of each directory
@@ -91,6 +91,13 @@ def load(path, stem):
     return torch.cat(images), classes, np.concatenate(answers), np.array(texts), np.array(scenes)
 
 
+def one_object(classes, scenes):
+    """(B,) bool: the pictures of scenes in which at most one object is ever seen; arguments as `load` returns them."""
+    seen = torch.stack([(classes == OBJECTS + k).flatten(1).any(1) for k in range(int(classes.max()) + 1 - OBJECTS)], 1)
+    in_scene = torch.zeros(scenes.max() + 1, seen.shape[1]).index_add_(0, torch.as_tensor(scenes), seen.float()) > 0
+    return in_scene.sum(1)[scenes] <= 1
+
+
 def spread_cross_entropy(logprobs, bins, std):
     """Cross-entropy (M, 7), nats, of log-probs (M, 7, 256) and normal distributions, `std` bins wide, of (M, 7)."""
     distance = torch.arange(logprobs.shape[-1]) - bins[..., None]
@@ -135,13 +142,15 @@ def main(args: Args):
     num_classes = OBJECTS + len(load_pack("primitive").objects)
     segment, point = (torch.nn.Linear(stem.width, n) for n in (classes.shape[2] * num_classes, 7))
     scaled = torch.from_numpy(answers / answers.std(0))
+    alone = torch.cat([one_object(part[1], part[4])[rows] for part, rows in zip(parts, train, strict=True)])
 
     def eyes_loss(rows):
         with torch.autocast("cpu", model.dtype, enabled=model.dtype != torch.float32):
             features = stem(images[rows], lambda block, x: block(x))
             logits, guess = segment(features).float(), point(features.mean(1)).float()
         segmentation = F.cross_entropy(logits.view(-1, num_classes), classes[rows].long().flatten())
-        return segmentation + F.smooth_l1_loss(guess, scaled[rows], beta=0.1)
+        off = F.smooth_l1_loss(guess, scaled[rows], beta=0.1, reduction="none").mean(1)
+        return segmentation + (off * alone[rows]).mean()  # of two objects only the text, which eyes do not read, tells
 
     def pointing_loss(rows):
         logprobs, _ = model.bin_logprobs(images[rows], texts[rows.numpy()].tolist(), tokens[rows])  # (M, 7, 256)
