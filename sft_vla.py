@@ -44,7 +44,7 @@ class Args:
     resume: str = ""  # run directory to continue exactly; its Args become the defaults
     seed: int = 1  # weights of `--model tiny`, validation split, minibatches, augmentation
     device: str = "auto"  # of the model: cpu, cuda, or auto
-    torch_threads: int = 2  # CPU threads of the model
+    torch_threads: int = 2  # CPU threads of the model, over all ranks
     track: bool = False  # log to Weights & Biases too
     # environment: only for evaluations
     task: str = "main"  # a row of common/tasks.py
@@ -60,7 +60,7 @@ class Args:
     sim_device: Literal["cpu", "cuda"] = "cpu"  # worker processes, or one batched GPU simulation [P] cuda
     num_workers: int = 0  # environment processes per rank; 0 = share the cores
     # model
-    model: str = "tiny"  # directory, hub id, or tiny (random weights)
+    model: str = ""  # directory, hub id or tiny (random); empty = checkpoints/tiny-pretrained if it exists, else tiny
     adapter: str = ""  # LoRA directory on top of model
     merge_adapter: bool = False  # add the adapter to the weights and train a new one [P baseline], or go on training it
     unnorm_key: str = "cleanvla"  # name of the action statistics in the checkpoint
@@ -80,11 +80,11 @@ class Args:
     val_demos: int = 20  # episodes kept for validation; [P] 16
     drop_idle: Literal["none", "still", "published"] = "still"  # steps left out [M]; [P] none, published
     statistics: Literal["symmetric", "quantiles", "model"] = "symmetric"  # of the data, or those of the model kept
-    num_iterations: int = 40  # of num_updates optimizer steps each
+    num_iterations: int = 10  # of num_updates optimizer steps each
     num_updates: int = 100  # per iteration: one line of metrics
-    batch_size: int = 128  # over all ranks; [P] 32
+    batch_size: int = 64  # over all ranks [M]; [P] 32
     micro_batch_size: int = 128  # samples per forward; only memory and speed depend on it
-    learning_rate: float = 2e-3  # AdamW [M]; [P] 5e-4
+    learning_rate: float = 1e-3  # AdamW [M]; [P] 5e-4
     lr_schedule: Literal["constant", "cosine"] = "cosine"  # to 0 over the run [M]; [P] constant
     warmup_updates: int = 100  # linear rise of the learning rate [D]; [P] 0
     weight_decay: float = 0.01  # AdamW [P]
@@ -227,6 +227,8 @@ def main(args: Args):
     # Shapes: M samples of a minibatch over all ranks, A = 7 action tokens.
     # --- setup ---
     check_args(args)
+    pretrained = "checkpoints/tiny-pretrained"
+    model_name = args.model or (pretrained if Path(pretrained).is_dir() else "tiny")
     rendering = args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
     check_env_args(args.task, args.split, args.assets, *rendering)
     check_renderer("gpu" if args.sim_device == "cuda" else "cpu")
@@ -234,7 +236,7 @@ def main(args: Args):
 
     device = runs.setup_ranks(args.device)
     rank, world_size = runs.rank_and_world_size()
-    torch.set_num_threads(args.torch_threads)
+    torch.set_num_threads(max(1, args.torch_threads // world_size))
     runs.seed_everything(args.seed)
     run_dir = args.resume or f"runs/{args.name or time.strftime(f'sft_vla-{args.task}-{args.seed}-%Y%m%d-%H%M%S')}"
     run_dir = Path(runs.gather_over_ranks(run_dir)[0])
@@ -242,7 +244,7 @@ def main(args: Args):
 
     # --- model, data and optimizer ---
     model = load_vla(
-        checkpoint or args.model, device, getattr(torch, args.dtype), args.lora_rank, args.lora_targets,
+        checkpoint or model_name, device, getattr(torch, args.dtype), args.lora_rank, args.lora_targets,
         adapter=None if checkpoint else args.adapter or None, value_head=False, seed=args.seed,
         merge_adapter=args.merge_adapter and not checkpoint,
     )  # fmt: skip
@@ -265,7 +267,7 @@ def main(args: Args):
     logger = logs.Logger(run_dir, asdict(args), args.track, progress["iteration"] * args.num_updates, enabled=rank == 0)
     last_update = args.num_iterations * args.num_updates
     if rank == 0:
-        print(f"{run_dir} | {checkpoint or args.model} on {device}, {args.dtype}, trains {len(params)} tensors")
+        print(f"{run_dir} | {checkpoint or model_name} on {device}, {args.dtype}, trains {len(params)} tensors")
         print(f"{len(data['actions'])} samples, {len(val_data['actions'])} for validation, {args.assets} assets")
         runs.stop_on_signals(f"the last checkpoint is kept, continue with: python {sys.argv[0]} --resume {run_dir}")
 

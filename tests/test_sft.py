@@ -19,8 +19,15 @@ METRICS |= set("losses/cross_entropy losses/grad_norm charts/learning_rate time/
 
 
 def small(**changes):
-    args = Args(val_demos=2, batch_size=8, micro_batch_size=8, num_iterations=2, num_updates=2, eval_every=0)
-    return replace(args, demos=(str(recorded_demos()),), warmup_updates=0, torch_threads=1, device="cpu", **changes)
+    args = Args(model="tiny", val_demos=2, batch_size=8, micro_batch_size=8, num_updates=2, eval_every=0)
+    return replace(
+        args,
+        demos=(str(recorded_demos()),),
+        warmup_updates=0,
+        torch_threads=1,
+        device="cpu",
+        **dict(num_iterations=2) | changes,
+    )
 
 
 def metrics_of(run):
