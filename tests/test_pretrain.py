@@ -20,9 +20,9 @@ def paths(tmp_path_factory):
 def test_classes_lie_where_the_model_sees_them(paths):
     """Stops labels that are shifted, transposed or of another cell than their image token."""
     stem = load_vla("tiny").backbone.vision_backbone
-    images, classes, answers, texts, scenes = pretrain.load(paths[0], stem)
+    images, classes, places, texts, scenes = pretrain.load(paths[0], stem)
     assert images.shape[1:] == (80, 112, 3) and classes.shape[1:] == (35, 16)
-    assert len(images) == len(classes) == len(answers) == len(texts) == len(scenes)
+    assert len(images) == len(classes) == len(places) == len(texts) == len(scenes)
     seen = set(classes.unique().tolist())
     assert {0, pointing.ARM, pointing.FINGERS, pointing.RECEPTACLE} < seen and max(seen) >= pointing.OBJECTS
     with h5py.File(f"{paths[0]}/trajectory.h5") as file:
@@ -98,5 +98,5 @@ def test_old_recordings_are_refused(paths, tmp_path):
     with h5py.File(f"{paths[0]}/trajectory.h5") as file, h5py.File(tmp_path / "old/trajectory.h5", "w") as old:
         file.copy("traj_0", old)
         del old["traj_0/classes"]
-    with pytest.raises(ValueError, match="no pixel classes; record it again"):
+    with pytest.raises(ValueError, match="no pixel classes or places; record it again"):
         pretrain.load(str(tmp_path / "old"), load_vla("tiny").backbone.vision_backbone)

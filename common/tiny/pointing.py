@@ -9,8 +9,8 @@ them with the object in hand, and the answer is seven numbers, scored by the sam
     fingers' closing axis to the object's short horizontal axis, and its elongation m = 1 - short / long side
 A turn itself would jump between +-90 degrees, and mean nothing for round objects; these two numbers do neither.
 A share of the scenes is varied: coloured noise as the table, tinted light, filler words around the instruction.
-Stored like demonstrations (common/demos.py), one episode per scene, with the class of every second pixel: what
-common/tiny/pretrain.py trains on; there is nothing to replay.
+Stored like demonstrations (common/demos.py), one episode per scene, with the class of every second pixel and the places
+that the answers come from: what common/tiny/pretrain.py trains on; there is nothing to replay.
 """
 
 import json
@@ -59,17 +59,26 @@ class Args:
     image_format: Literal["jpeg", "png"] = "jpeg"  # jpeg: quality 95
 
 
-def answer(state):
-    """(7,) float32, see the module, of one environment's `privileged_state`."""
+def places(state):
+    """(12,) float32 of one environment's `privileged_state`, in base axes; each is seen without the others, TCP and
+    closing axis by the fingers: 0:3 object centre, 3:5 receptacle, 5:7 m cos 2 b, m sin 2 b of the object's short
+    horizontal axis, 7:10 TCP (metres), 10:12 cos 2 g, sin 2 g of the fingers' closing axis."""
+    base, origin = quat_to_matrix(state["base_pose"][:, 3:])[0], state["base_pose"][0, :3]
     box, rotation = state["object_bbox"][0], quat_to_matrix(state["object_pose"][:, 3:])[0]
-    tcp, base = state["tcp_pose"][0], quat_to_matrix(state["base_pose"][:, 3:])[0]
-    centre = state["object_pose"][0, :3] + rotation @ box.mean(0)
+    points = state["object_pose"][0, :3] + rotation @ box.mean(0), state["plate_pose"][0, :3], state["tcp_pose"][0, :3]
+    thing, plate, tcp = (np.array(points) - origin) @ base
     sides, vertical = box[1] - box[0], np.abs(rotation[2]).argmax()
     short, long = sorted(set(range(3)) - {vertical}, key=lambda axis: sides[axis])
-    closing = quat_to_matrix(tcp[None, 3:])[0, :, 1]
-    angle = np.arctan2(*rotation[1::-1, short]) - np.arctan2(*closing[1::-1])
-    lie = (1 - sides[short] / sides[long]) * np.array([np.cos(2 * angle), np.sin(2 * angle)])
-    return np.float32([*(centre - tcp[:3]) @ base, *((state["plate_pose"][0] - tcp)[:3] @ base)[:2], *lie])
+    axes = np.stack([rotation[:, short], quat_to_matrix(state["tcp_pose"][:, 3:])[0, :, 1]]) @ base
+    double = 2 * np.arctan2(axes[:, 1], axes[:, 0])
+    lie, closing = np.stack([np.cos(double), np.sin(double)], axis=1)
+    return np.float32([*thing, *plate[:2], *(1 - sides[short] / sides[long]) * lie, *tcp, *closing])
+
+
+def answer(places):
+    """(..., 7) float32, see the module, of `places` (..., 12): object and receptacle as seen from the gripper."""
+    thing, plate, (x, y), tcp, (c, s) = (np.moveaxis(part, -1, 0) for part in np.split(places, (3, 5, 7, 10), axis=-1))
+    return np.stack([*(thing - tcp), *(plate - tcp[:2]), x * c + y * s, y * c - x * s], axis=-1)
 
 
 def place_arm(env, rng, mode):
@@ -120,7 +129,7 @@ def with_fillers(text, rng):
 
 
 def scene(env, rng, episode_id, num_poses, varied, image_format):
-    """(frames, classes (P, H / 2, W / 2) uint8, answers (P, 7) float32, instruction) of P <= num_poses poses of the arm
+    """(frames, classes (P, H / 2, W / 2) uint8, places (P, 12) float32, instruction) of P <= num_poses poses of the arm
     in one scene."""
     env.reset(options={"episode_ids": [episode_id]})
     text, tint, varied = env.instructions()[0], 1.0, rng.random() < varied
@@ -134,7 +143,7 @@ def scene(env, rng, episode_id, num_poses, varied, image_format):
         class_of[link.per_scene_id.item()] = FINGERS if link in fingers else ARM
     for (kind, index), actor in env._in_play.items():  # a body's number changes when it enters a new scene
         class_of[actor._objs[0].per_scene_id] = OBJECTS + index if kind == "object" else RECEPTACLE
-    frames, classes, answers = [], [], []
+    frames, classes, where = [], [], []
     for mode in rng.choice(MODES, num_poses, p=SHARES):
         robot.set_qpos(rest)
         env._teleport_object(object_pose, False)
@@ -143,8 +152,8 @@ def scene(env, rng, episode_id, num_poses, varied, image_format):
             image = (camera["rgb"][0].numpy() * tint).clip(0, 255).astype(np.uint8)
             frames.append(encode_image(image, image_format))
             classes.append(class_of[camera["segmentation"][0, ::2, ::2, 0].numpy()])
-            answers.append(answer(env.privileged_state()))
-    return frames, np.array(classes), np.array(answers, np.float32).reshape(-1, 7), text
+            where.append(places(env.privileged_state()))
+    return frames, np.array(classes), np.array(where, np.float32).reshape(-1, 12), text
 
 
 def _start(env_kwargs, *settings):
@@ -183,17 +192,18 @@ def record(args):
     )  # fmt: skip
     with pool, h5py.File(temporary, "w") as file:
         jobs = pool.imap(_scene, [([args.seed, k], int(i)) for k, i in enumerate(ids)], chunksize=8)
-        for k, (frames, classes, labels, text) in enumerate(tqdm(jobs, total=len(ids), unit="scene")):
+        for k, (frames, classes, where, text) in enumerate(tqdm(jobs, total=len(ids), unit="scene")):
             if not frames:
                 continue
+            labels = answer(where)
             batch = {"actions": labels[None], "labels": labels[None], "instructions": [text]}
             batch |= {"frames": [[*frames, frames[-1]]]}  # an episode ends with a frame that has no action
             batch |= {key: np.zeros((1, len(labels)), t) for key, t in (("success", bool), ("rewards", np.float32))}
             write_episode(file, f"traj_{len(episodes)}", batch, 0, len(labels), int(ids[k]), args.seed)
-            file[f"traj_{len(episodes)}"].create_dataset(
-                "classes", data=classes, compression="gzip", compression_opts=1
-            )
-            entry = json.loads(file[f"traj_{len(episodes)}"].attrs["episode"])
+            group = file[f"traj_{len(episodes)}"]
+            group.create_dataset("classes", data=classes, compression="gzip", compression_opts=1)
+            group["places"] = where
+            entry = json.loads(group.attrs["episode"])
             episodes.append({"episode_id": len(episodes)} | entry)
             answers.append(labels)
     header = {

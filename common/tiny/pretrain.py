@@ -28,7 +28,7 @@ from common import runs
 from common.assets import load_pack
 from common.demos import action_statistics
 from common.env import CAMERA
-from common.tiny.pointing import OBJECTS
+from common.tiny.pointing import FINGERS, OBJECTS, answer
 
 
 @dataclass
@@ -67,28 +67,27 @@ def check_args(args):
 
 def load(path, stem):
     """Pictures of one recording as the `stem` sees them: images (B, h, w, 3) uint8; classes (B, tokens, pixels of a
-    token at a quarter of the size) uint8; answers (B, 7) float32; texts (B,) str; scenes (B,) int."""
+    token at a quarter of the size) uint8; places (B, 12) float32; texts (B,) str; scenes (B,) int."""
     grid = stem.grid
-    images, classes, answers, texts, scenes = [], [], [], [], []
+    images, classes, places, texts, scenes = [], [], [], [], []
     with h5py.File(f"{path}/trajectory.h5") as file:
-        if "classes" not in file["traj_0"]:
-            raise ValueError(
-                f"{path} has no pixel classes; record it again with this version of common/tiny/pointing.py"
-            )
+        if not {"classes", "places"} <= file["traj_0"].keys():
+            text = "has no pixel classes or places"
+            raise ValueError(f"{path} {text}; record it again with this version of common/tiny/pointing.py")
         for scene in range(len(file)):
             group = file[f"traj_{scene}"]
             frames = group[f"obs/sensor_data/{CAMERA}/rgb"][:-1]
             pictures = np.stack([np.asarray(Image.open(io.BytesIO(frame))) for frame in frames])
             images.append(stem.fit(torch.from_numpy(pictures), None))
             classes.append(group["classes"][:])
-            answers.append(group["actions"][:])
+            places.append(group["places"][:])
             texts += [json.loads(group.attrs["episode"])["instruction"]] * len(frames)
             scenes += [scene] * len(frames)
     half = lambda cut: slice(cut.start // 2, cut.stop // 2)  # noqa: E731
     classes = torch.from_numpy(np.concatenate(classes))[:, half(stem.window[1]), half(stem.window[2])][:, ::2, ::2]
     height, width = (n // g for n, g in zip(classes.shape[1:], grid, strict=True))
     classes = classes.view(-1, grid[0], height, grid[1], width).transpose(2, 3).flatten(3).flatten(1, 2)
-    return torch.cat(images), classes, np.concatenate(answers), np.array(texts), np.array(scenes)
+    return torch.cat(images), classes, np.concatenate(places), np.array(texts), np.array(scenes)
 
 
 def one_object(classes, scenes):
@@ -96,6 +95,11 @@ def one_object(classes, scenes):
     seen = torch.stack([(classes == OBJECTS + k).flatten(1).any(1) for k in range(int(classes.max()) + 1 - OBJECTS)], 1)
     in_scene = torch.zeros(scenes.max() + 1, seen.shape[1]).index_add_(0, torch.as_tensor(scenes), seen.float()) > 0
     return in_scene.sum(1)[scenes] <= 1
+
+
+def in_view(classes):
+    """(B,) bool: the pictures that show the fingers; in the others nobody could say where things are from there."""
+    return (classes == FINGERS).flatten(1).any(1)
 
 
 def spread_cross_entropy(logprobs, bins, std):
@@ -110,14 +114,19 @@ def errors(model, key, images, texts, answers):
     tokens = torch.cat(
         [model.act(images[k : k + 256], texts[k : k + 256].tolist(), 0)[0] for k in range(0, len(texts), 256)]
     )
-    off = np.abs(model.actions_from_tokens(tokens, key).numpy() - answers)
+    found = model.actions_from_tokens(tokens, key).numpy()
+    off = np.abs(found - answers)
     to_object, to_receptacle = (
         1000 * np.linalg.norm(off[:, part], axis=1) for part in (slice(0, 2), slice(3, 5))
     )  # mm
     far = np.linalg.norm(answers[:, :2], axis=1) > 0.05
+    double = [np.arctan2(x[:, 6], x[:, 5]) for x in (answers, found)]
+    turn = np.degrees(np.abs((double[0] - double[1] + np.pi) % (2 * np.pi) - np.pi)) / 2
+    long = np.hypot(answers[:, 5], answers[:, 6]) > 0.4
     return (
         f"object, far: {np.median(to_object[far]):.1f} mm, more than 30 mm off {(to_object[far] > 30).mean():.2f}, "
-        f"near: {np.median(to_object[~far]):.1f} mm | receptacle {np.median(to_receptacle):.1f} mm"
+        f"near: {np.median(to_object[~far]):.1f} mm | receptacle {np.median(to_receptacle):.1f} mm | "
+        f"axis of long objects {np.median(turn[long]):.0f} degrees, more than 20 off {(turn[long] > 20).mean():.2f}"
     )
 
 
@@ -132,44 +141,49 @@ def main(args: Args):
     model = load_vla(args.model, dtype=getattr(torch, args.dtype), value_head=False, seed=args.seed)
     stem, key = model.backbone.vision_backbone, "pointing"
     parts = [load(path, stem) for path in args.demos]
-    val = [np.flatnonzero(scenes >= scenes.max() + 1 - args.val_scenes) for *_, scenes in parts]
+    val = [np.flatnonzero((scenes >= scenes.max() + 1 - args.val_scenes) & in_view(classes).numpy())
+           for _, classes, *_, scenes in parts]  # fmt: skip
     train = [np.flatnonzero(scenes < scenes.max() + 1 - args.val_scenes) for *_, scenes in parts]
     images, classes = (torch.cat([part[i][rows] for part, rows in zip(parts, train, strict=True)]) for i in (0, 1))
-    answers, texts = (np.concatenate([part[i][rows] for part, rows in zip(parts, train, strict=True)]) for i in (2, 3))
+    places, texts = (np.concatenate([part[i][rows] for part, rows in zip(parts, train, strict=True)]) for i in (2, 3))
+    answers = answer(places)
     model.norm_stats.clear()
     model.norm_stats[key] = {"action": action_statistics(answers), "assets": "primitive"}
     tokens = model.tokens_from_actions(answers, key)
     num_classes = OBJECTS + len(load_pack("primitive").objects)
-    segment, point = (torch.nn.Linear(stem.width, n) for n in (classes.shape[2] * num_classes, 7))
-    scaled = torch.from_numpy(answers / answers.std(0))
+    segment, point = (torch.nn.Linear(stem.width, n) for n in (classes.shape[2] * num_classes, places.shape[1]))
+    scaled = torch.from_numpy((places - places.mean(0)) / places.std(0))
+    # Of two objects only the text, which eyes do not read, tells the one that is meant; an arm out of view is nowhere.
     alone = torch.cat([one_object(part[1], part[4])[rows] for part, rows in zip(parts, train, strict=True)])
+    seen = in_view(classes)
+    told = torch.stack([alone] * 3 + [torch.ones_like(alone)] * 2 + [alone] * 2 + [seen] * 5, dim=1)
 
     def eyes_loss(rows):
         with torch.autocast("cpu", model.dtype, enabled=model.dtype != torch.float32):
             features = stem(images[rows], lambda block, x: block(x))
             logits, guess = segment(features).float(), point(features.mean(1)).float()
         segmentation = F.cross_entropy(logits.view(-1, num_classes), classes[rows].long().flatten())
-        off = F.smooth_l1_loss(guess, scaled[rows], beta=0.1, reduction="none").mean(1)
-        return segmentation + (off * alone[rows]).mean()  # of two objects only the text, which eyes do not read, tells
+        return segmentation + (told[rows] * F.smooth_l1_loss(guess, scaled[rows], beta=0.1, reduction="none")).mean()
 
     def pointing_loss(rows):
         logprobs, _ = model.bin_logprobs(images[rows], texts[rows.numpy()].tolist(), tokens[rows])  # (M, 7, 256)
         return spread_cross_entropy(logprobs, tokens[rows] - model.backbone.bins.start, args.label_std).mean()
 
     stages = (
-        ("eyes", args.eyes_updates, [p for m in (stem, segment, point) for p in m.parameters()], eyes_loss),
-        ("pointing", args.pointing_updates, list(model.backbone.parameters()), pointing_loss),
+        ("eyes", args.eyes_updates, (stem, segment, point), eyes_loss, torch.arange(len(images))),
+        ("pointing", args.pointing_updates, (model.backbone,), pointing_loss, torch.nonzero(seen).flatten()),
     )
     start = time.time()
-    for name, num_updates, parameters, loss_of in stages:
-        optimizer, losses = torch.optim.AdamW(parameters, weight_decay=0.01), []
+    for name, num_updates, modules, loss_of, among in stages:
+        parameters, losses = [p for module in modules for p in module.parameters()], []
+        optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
         for number in range(num_updates):
             fraction = number / num_updates
             lr = args.learning_rate * min(1, (number + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * fraction))
             optimizer.param_groups[0]["lr"] = lr
-            rows = np.random.default_rng([args.seed, number]).integers(len(images), size=args.batch_size)
+            rows = among[np.random.default_rng([args.seed, number]).integers(len(among), size=args.batch_size)]
             optimizer.zero_grad()
-            loss = loss_of(torch.from_numpy(rows[rank::world_size])) / world_size
+            loss = loss_of(rows[rank::world_size]) / world_size
             loss.backward()
             runs.sum_gradients(parameters)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -180,7 +194,7 @@ def main(args: Args):
                 text = f"{name} {number + 1}/{num_updates} | {time.time() - start:.0f} s | loss {loss:.3f}"
                 if name == "pointing":
                     for path, part, at in zip(args.demos, parts, val, strict=True):
-                        text += f"\n  {path}: {errors(model, key, part[0][at], part[3][at], part[2][at])}"
+                        text += f"\n  {path}: {errors(model, key, part[0][at], part[3][at], answer(part[2][at]))}"
                 print(text, flush=True)
     if rank == 0:
         save_vla(model, args.output)
