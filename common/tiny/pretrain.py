@@ -5,9 +5,9 @@
     torchrun --nproc-per-node 2 -m common.tiny.pretrain --output runs/tiny-pretrained
 
 OpenVLA starts from vision towers and a language model that have seen the web; the small model gets from the simulator,
-in minutes, what it needs of that: which pixel shows what, where things are, which of two objects is meant. No action is
-in it. Pointing alone is slow: the way from pixels to an object's place is long, and until all of it works, nothing is
-learned. Segmentation teaches the first part of the way with 560 labels per picture. Its head is not kept.
+in minutes, what it needs of that: which pixel shows what, where things are and how they lie, which of two objects is
+meant. No action is in it. Pointing alone is slow: the way from pixels to an object's place is long, and until all of it
+works, nothing is learned. Segmentation and places teach the first part of the way. Their heads are not kept.
 """
 
 import io
