@@ -48,6 +48,11 @@ def logprobs_of(model, data, rows, temperature):
 def main(args: Args):
     from common.vla import load_vla
 
+    if args.num_episodes % args.num_envs or args.num_episodes % 4:
+        rule = f"must be a multiple of 4 and of num_envs = {args.num_envs}; use 1024 and 64"
+        raise ValueError(f"num_episodes = {args.num_episodes} {rule}")
+    if any(setting.count(":") != 3 for setting in args.settings):
+        raise ValueError(f"settings = {args.settings} must be LR:EPS:EPOCHS:LAMBDA each; use 4e-5:1e-8:1:0.8")
     torch.set_num_threads(args.torch_threads)
     load = lambda: load_vla(args.model, dtype=getattr(torch, args.dtype), value_head=False, freeze_vision=True)  # noqa: E731
     if not Path(args.recording).exists():
