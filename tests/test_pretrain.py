@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.assets import load_pack
 from common.tiny import pointing, pretrain
 from common.vla import load_vla
 
@@ -20,9 +21,9 @@ def paths(tmp_path_factory):
 def test_classes_lie_where_the_model_sees_them(paths):
     """Stops labels that are shifted, transposed or of another cell than their image token."""
     stem = load_vla("tiny").backbone.vision_backbone
-    images, classes, places, texts, scenes = pretrain.load(paths[0], stem)
+    images, classes, shown, places, texts, scenes = pretrain.load(paths[0], stem)
     assert images.shape[1:] == (80, 112, 3) and classes.shape[1:] == (35, 16)
-    assert len(images) == len(classes) == len(places) == len(texts) == len(scenes)
+    assert len(images) == len(classes) == len(shown) == len(places) == len(texts) == len(scenes)
     seen = set(classes.unique().tolist())
     assert {0, pointing.ARM, pointing.FINGERS, pointing.RECEPTACLE} < seen and max(seen) >= pointing.OBJECTS
     with h5py.File(f"{paths[0]}/trajectory.h5") as file:
@@ -42,17 +43,36 @@ def test_classes_lie_where_the_model_sees_them(paths):
 
 def test_two_objects_have_two_classes(paths):
     """Stops a distractor that is labelled as table, or as the object that is named."""
-    *_, classes, _, _, scenes = pretrain.load(paths[1], load_vla("tiny").backbone.vision_backbone)[0:5]
+    _, classes, *_, scenes = pretrain.load(paths[1], load_vla("tiny").backbone.vision_backbone)
     for scene in range(4):
         objects = classes[torch.from_numpy(scenes == scene)].unique()
         assert (objects >= pointing.OBJECTS).sum() == 2
 
 
-def test_scenes_with_one_object(paths):
-    """Stops eyes that are asked where "the" object is while two lie there."""
-    for path, alone in zip(paths, (True, False), strict=True):
-        _, classes, _, _, scenes = pretrain.load(path, load_vla("tiny").backbone.vision_backbone)
-        assert pretrain.one_object(classes, scenes).tolist() == [alone] * len(scenes)
+def test_tokens_that_show_the_named_object(paths):
+    """Stops eyes that are taught the place of the other object, or at tokens that do not show it."""
+    names = [body.name for body in load_pack("primitive").objects]
+    for path in paths:
+        _, classes, shown, _, texts, _ = pretrain.load(path, load_vla("tiny").backbone.vision_backbone)
+        for row, text in enumerate(texts):
+            named = pointing.OBJECTS + next(k for k, name in enumerate(names) if f"put {name} on" in text)
+            assert torch.equal(shown[row, :, 0], (classes[row] == named).any(1))
+        assert torch.equal(shown[..., 2], (classes == pointing.FINGERS).any(2))
+        assert 0 < pretrain.all_in_view(shown).float().mean() and shown[..., 0].any()
+
+
+def test_place_loss_counts_where_a_thing_is_shown():
+    """Stops a place that is asked of tokens that do not show it, and numbers that belong to another thing."""
+    shown, places = torch.zeros(2, 4, 3, dtype=torch.bool), torch.zeros(2, 12)
+    guess = torch.full((2, 4, 12), 5.05)  # a loss of 5 in every number
+    assert pretrain.place_loss(guess, places, shown) == 0, "nothing is shown"
+    for thing, numbers in enumerate(((0, 1, 2, 5, 6), (3, 4), (7, 8, 9, 10, 11))):
+        one = shown.clone()
+        one[0, 1:3, thing] = True
+        right = guess.clone()
+        right[0, 1:3, numbers] = 0
+        assert pretrain.place_loss(right, places, one) == 0
+        assert torch.isclose(pretrain.place_loss(guess, places, one), torch.tensor(5.0 * len(numbers) / 24))
 
 
 def test_both_stages_learn_and_the_model_is_a_start(paths, tmp_path, capsys):
@@ -98,5 +118,5 @@ def test_old_recordings_are_refused(paths, tmp_path):
     with h5py.File(f"{paths[0]}/trajectory.h5") as file, h5py.File(tmp_path / "old/trajectory.h5", "w") as old:
         file.copy("traj_0", old)
         del old["traj_0/classes"]
-    with pytest.raises(ValueError, match="no pixel classes or places; record it again"):
+    with pytest.raises(ValueError, match="no pixel classes, places or object; record it again"):
         pretrain.load(str(tmp_path / "old"), load_vla("tiny").backbone.vision_backbone)

@@ -129,8 +129,8 @@ def with_fillers(text, rng):
 
 
 def scene(env, rng, episode_id, num_poses, varied, image_format):
-    """(frames, classes (P, H / 2, W / 2) uint8, places (P, 12) float32, instruction) of P <= num_poses poses of the arm
-    in one scene."""
+    """(frames, classes (P, H / 2, W / 2) uint8, places (P, 12) float32, instruction, object's number) of P <= num_poses
+    poses of the arm in one scene."""
     env.reset(options={"episode_ids": [episode_id]})
     text, tint, varied = env.instructions()[0], 1.0, rng.random() < varied
     if varied:
@@ -143,7 +143,7 @@ def scene(env, rng, episode_id, num_poses, varied, image_format):
         class_of[link.per_scene_id.item()] = FINGERS if link in fingers else ARM
     for (kind, index), actor in env._in_play.items():  # a body's number changes when it enters a new scene
         class_of[actor._objs[0].per_scene_id] = OBJECTS + index if kind == "object" else RECEPTACLE
-    frames, classes, where = [], [], []
+    frames, classes, where, number = [], [], [], int(env.privileged_state()["object_index"][0])
     for mode in rng.choice(MODES, num_poses, p=SHARES):
         robot.set_qpos(rest)
         env._teleport_object(object_pose, False)
@@ -153,7 +153,7 @@ def scene(env, rng, episode_id, num_poses, varied, image_format):
             frames.append(encode_image(image, image_format))
             classes.append(class_of[camera["segmentation"][0, ::2, ::2, 0].numpy()])
             where.append(places(env.privileged_state()))
-    return frames, np.array(classes), np.array(where, np.float32).reshape(-1, 12), text
+    return frames, np.array(classes), np.array(where, np.float32).reshape(-1, 12), text, number
 
 
 def _start(env_kwargs, *settings):
@@ -192,7 +192,7 @@ def record(args):
     )  # fmt: skip
     with pool, h5py.File(temporary, "w") as file:
         jobs = pool.imap(_scene, [([args.seed, k], int(i)) for k, i in enumerate(ids)], chunksize=8)
-        for k, (frames, classes, where, text) in enumerate(tqdm(jobs, total=len(ids), unit="scene")):
+        for k, (frames, classes, where, text, number) in enumerate(tqdm(jobs, total=len(ids), unit="scene")):
             if not frames:
                 continue
             labels = answer(where)
@@ -202,7 +202,7 @@ def record(args):
             write_episode(file, f"traj_{len(episodes)}", batch, 0, len(labels), int(ids[k]), args.seed)
             group = file[f"traj_{len(episodes)}"]
             group.create_dataset("classes", data=classes, compression="gzip", compression_opts=1)
-            group["places"] = where
+            group["places"], group.attrs["object"] = where, number
             entry = json.loads(group.attrs["episode"])
             episodes.append({"episode_id": len(episodes)} | entry)
             answers.append(labels)

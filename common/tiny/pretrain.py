@@ -7,7 +7,9 @@
 OpenVLA starts from vision towers and a language model that have seen the web; the small model gets from the simulator,
 in minutes, what it needs of that: which pixel shows what, where things are and how they lie, which of two objects is
 meant. No action is in it. Pointing alone is slow: the way from pixels to an object's place is long, and until all of it
-works, nothing is learned. Segmentation and places teach the first part of the way. Their heads are not kept.
+works, nothing is learned. The eyes' stage teaches the first part of the way at every image token: which class its
+pixels have and, where they show the object, the receptacle or the fingers, where that is and how it lies. Its two
+heads are not kept.
 """
 
 import io
@@ -28,7 +30,7 @@ from common import runs
 from common.assets import load_pack
 from common.demos import action_statistics
 from common.env import CAMERA
-from common.tiny.pointing import FINGERS, OBJECTS, answer
+from common.tiny.pointing import FINGERS, OBJECTS, RECEPTACLE, answer
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Args:
     demos: tuple[str, ...] = ("demos/pointing", "demos/pointing-two")  # directories of common/tiny/pointing.py
     output: str = "runs/tiny-pretrained"  # model directory, a start for sft_vla.py
     model: str = "tiny"  # a directory, or tiny (random weights)
-    eyes_updates: int = 4500  # optimizer steps of the eyes alone
+    eyes_updates: int = 6000  # optimizer steps of the eyes alone
     pointing_updates: int = 6000  # of the whole model
     batch_size: int = 64  # over all ranks; more, smaller updates find far objects sooner (docs/log.md)
     learning_rate: float = 2e-3  # AdamW; each stage ends with half a cosine
@@ -67,12 +69,13 @@ def check_args(args):
 
 def load(path, stem):
     """Pictures of one recording as the `stem` sees them: images (B, h, w, 3) uint8; classes (B, tokens, pixels of a
-    token at a quarter of the size) uint8; places (B, 12) float32; texts (B,) str; scenes (B,) int."""
+    token at a quarter of the size) uint8; shown (B, tokens, 3) bool: which tokens show the object that is named, the
+    receptacle, the fingers; places (B, 12) float32; texts (B,) str; scenes (B,) int."""
     grid = stem.grid
-    images, classes, places, texts, scenes = [], [], [], [], []
+    images, classes, objects, places, texts, scenes = [], [], [], [], [], []
     with h5py.File(f"{path}/trajectory.h5") as file:
-        if not {"classes", "places"} <= file["traj_0"].keys():
-            text = "has no pixel classes or places"
+        if not {"classes", "places"} <= file["traj_0"].keys() or "object" not in file["traj_0"].attrs:
+            text = "has no pixel classes, places or object"
             raise ValueError(f"{path} {text}; record it again with this version of common/tiny/pointing.py")
         for scene in range(len(file)):
             group = file[f"traj_{scene}"]
@@ -80,6 +83,7 @@ def load(path, stem):
             pictures = np.stack([np.asarray(Image.open(io.BytesIO(frame))) for frame in frames])
             images.append(stem.fit(torch.from_numpy(pictures), None))
             classes.append(group["classes"][:])
+            objects += [OBJECTS + int(group.attrs["object"])] * len(frames)
             places.append(group["places"][:])
             texts += [json.loads(group.attrs["episode"])["instruction"]] * len(frames)
             scenes += [scene] * len(frames)
@@ -87,19 +91,21 @@ def load(path, stem):
     classes = torch.from_numpy(np.concatenate(classes))[:, half(stem.window[1]), half(stem.window[2])][:, ::2, ::2]
     height, width = (n // g for n, g in zip(classes.shape[1:], grid, strict=True))
     classes = classes.view(-1, grid[0], height, grid[1], width).transpose(2, 3).flatten(3).flatten(1, 2)
-    return torch.cat(images), classes, np.concatenate(places), np.array(texts), np.array(scenes)
+    things = torch.tensor(objects)[:, None, None], RECEPTACLE, FINGERS
+    shown = torch.stack([(classes == thing).any(2) for thing in things], dim=2)
+    return torch.cat(images), classes, shown, np.concatenate(places), np.array(texts), np.array(scenes)
 
 
-def one_object(classes, scenes):
-    """(B,) bool: the pictures of scenes in which at most one object is ever seen; arguments as `load` returns them."""
-    seen = torch.stack([(classes == OBJECTS + k).flatten(1).any(1) for k in range(int(classes.max()) + 1 - OBJECTS)], 1)
-    in_scene = torch.zeros(scenes.max() + 1, seen.shape[1]).index_add_(0, torch.as_tensor(scenes), seen.float()) > 0
-    return in_scene.sum(1)[scenes] <= 1
+def all_in_view(shown):
+    """(B,) bool: the pictures that show object, receptacle and fingers; in others nobody could point."""
+    return shown.any(1).all(1)
 
 
-def in_view(classes):
-    """(B,) bool: the pictures that show the fingers; in the others nobody could say where things are from there."""
-    return (classes == FINGERS).flatten(1).any(1)
+def place_loss(guess, places, shown):
+    """() mean loss of places (B, 12) guessed at every token (B, tokens, 12): each counts where its thing is shown."""
+    told = torch.cat([shown[..., [k] * n] for k, n in ((0, 3), (1, 2), (0, 2), (2, 5))], dim=2).float()
+    losses = F.smooth_l1_loss(guess, places[:, None].expand_as(guess), beta=0.1, reduction="none")
+    return ((losses * told).sum(1) / told.sum(1).clamp(min=1)).mean()
 
 
 def spread_cross_entropy(logprobs, bins, std):
@@ -141,11 +147,12 @@ def main(args: Args):
     model = load_vla(args.model, dtype=getattr(torch, args.dtype), value_head=False, seed=args.seed)
     stem, key = model.backbone.vision_backbone, "pointing"
     parts = [load(path, stem) for path in args.demos]
-    val = [np.flatnonzero((scenes >= scenes.max() + 1 - args.val_scenes) & in_view(classes).numpy())
-           for _, classes, *_, scenes in parts]  # fmt: skip
+    val = [np.flatnonzero((scenes >= scenes.max() + 1 - args.val_scenes) & all_in_view(shown).numpy())
+           for _, _, shown, *_, scenes in parts]  # fmt: skip
     train = [np.flatnonzero(scenes < scenes.max() + 1 - args.val_scenes) for *_, scenes in parts]
-    images, classes = (torch.cat([part[i][rows] for part, rows in zip(parts, train, strict=True)]) for i in (0, 1))
-    places, texts = (np.concatenate([part[i][rows] for part, rows in zip(parts, train, strict=True)]) for i in (2, 3))
+    of_all = lambda i, join: join([part[i][rows] for part, rows in zip(parts, train, strict=True)])  # noqa: E731
+    images, classes, shown = (of_all(i, torch.cat) for i in range(3))
+    places, texts = (of_all(i, np.concatenate) for i in (3, 4))
     answers = answer(places)
     model.norm_stats.clear()
     model.norm_stats[key] = {"action": action_statistics(answers), "assets": "primitive"}
@@ -153,25 +160,22 @@ def main(args: Args):
     num_classes = OBJECTS + len(load_pack("primitive").objects)
     segment, point = (torch.nn.Linear(stem.width, n) for n in (classes.shape[2] * num_classes, places.shape[1]))
     scaled = torch.from_numpy((places - places.mean(0)) / places.std(0))
-    # Of two objects only the text, which eyes do not read, tells the one that is meant; an arm out of view is nowhere.
-    alone = torch.cat([one_object(part[1], part[4])[rows] for part, rows in zip(parts, train, strict=True)])
-    seen = in_view(classes)
-    told = torch.stack([alone] * 3 + [torch.ones_like(alone)] * 2 + [alone] * 2 + [seen] * 5, dim=1)
 
     def eyes_loss(rows):
         with torch.autocast("cpu", model.dtype, enabled=model.dtype != torch.float32):
             features = stem(images[rows], lambda block, x: block(x))
-            logits, guess = segment(features).float(), point(features.mean(1)).float()
+            logits, guess = segment(features).float(), point(features).float()
         segmentation = F.cross_entropy(logits.view(-1, num_classes), classes[rows].long().flatten())
-        return segmentation + (told[rows] * F.smooth_l1_loss(guess, scaled[rows], beta=0.1, reduction="none")).mean()
+        return segmentation + place_loss(guess, scaled[rows], shown[rows])
 
     def pointing_loss(rows):
         logprobs, _ = model.bin_logprobs(images[rows], texts[rows.numpy()].tolist(), tokens[rows])  # (M, 7, 256)
         return spread_cross_entropy(logprobs, tokens[rows] - model.backbone.bins.start, args.label_std).mean()
 
+    pointable = torch.nonzero(all_in_view(shown)).flatten()
     stages = (
         ("eyes", args.eyes_updates, (stem, segment, point), eyes_loss, torch.arange(len(images))),
-        ("pointing", args.pointing_updates, (model.backbone,), pointing_loss, torch.nonzero(seen).flatten()),
+        ("pointing", args.pointing_updates, (model.backbone,), pointing_loss, pointable),
     )
     start = time.time()
     for name, num_updates, modules, loss_of, among in stages:
@@ -194,7 +198,7 @@ def main(args: Args):
                 text = f"{name} {number + 1}/{num_updates} | {time.time() - start:.0f} s | loss {loss:.3f}"
                 if name == "pointing":
                     for path, part, at in zip(args.demos, parts, val, strict=True):
-                        text += f"\n  {path}: {errors(model, key, part[0][at], part[3][at], answer(part[2][at]))}"
+                        text += f"\n  {path}: {errors(model, key, part[0][at], part[4][at], answer(part[3][at]))}"
                 print(text, flush=True)
     if rank == 0:
         save_vla(model, args.output)
