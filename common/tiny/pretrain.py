@@ -101,11 +101,26 @@ def all_in_view(shown):
     return shown.any(1).all(1)
 
 
+def told_at(shown):
+    """(B, tokens, 12) float32: 1 where a token shows the thing that a place is of."""
+    return torch.cat([shown[..., [k] * n] for k, n in ((0, 3), (1, 2), (0, 2), (2, 5))], dim=2).float()
+
+
 def place_loss(guess, places, shown):
     """() mean loss of places (B, 12) guessed at every token (B, tokens, 12): each counts where its thing is shown."""
-    told = torch.cat([shown[..., [k] * n] for k, n in ((0, 3), (1, 2), (0, 2), (2, 5))], dim=2).float()
+    told = told_at(shown)
     losses = F.smooth_l1_loss(guess, places[:, None].expand_as(guess), beta=0.1, reduction="none")
     return ((losses * told).sum(1) / told.sum(1).clamp(min=1)).mean()
+
+
+def eyes_loss(stem, segment, point, images, classes, places, shown):
+    """() loss of the eyes' stage: cross-entropy of the pixels' classes, nats, and `place_loss` of places (B, 12) scaled
+    to a standard deviation of 1; segment and point are the linear heads, the rest is as `load` returns it."""
+    features = stem(images, lambda block, x: block(x))
+    logits, guess = segment(features).float(), point(features).float()
+    num_classes = segment.out_features // classes.shape[2]
+    segmentation = F.cross_entropy(logits.view(-1, num_classes), classes.long().flatten())
+    return segmentation + place_loss(guess, places, shown)
 
 
 def spread_cross_entropy(logprobs, bins, std):
@@ -161,21 +176,18 @@ def main(args: Args):
     segment, point = (torch.nn.Linear(stem.width, n) for n in (classes.shape[2] * num_classes, places.shape[1]))
     scaled = torch.from_numpy((places - places.mean(0)) / places.std(0))
 
-    def eyes_loss(rows):
+    def loss_of_eyes(rows):
         with torch.autocast("cpu", model.dtype, enabled=model.dtype != torch.float32):
-            features = stem(images[rows], lambda block, x: block(x))
-            logits, guess = segment(features).float(), point(features).float()
-        segmentation = F.cross_entropy(logits.view(-1, num_classes), classes[rows].long().flatten())
-        return segmentation + place_loss(guess, scaled[rows], shown[rows])
+            return eyes_loss(stem, segment, point, images[rows], classes[rows], scaled[rows], shown[rows])
 
-    def pointing_loss(rows):
+    def loss_of_pointing(rows):
         logprobs, _ = model.bin_logprobs(images[rows], texts[rows.numpy()].tolist(), tokens[rows])  # (M, 7, 256)
         return spread_cross_entropy(logprobs, tokens[rows] - model.backbone.bins.start, args.label_std).mean()
 
     pointable = torch.nonzero(all_in_view(shown)).flatten()
     stages = (
-        ("eyes", args.eyes_updates, (stem, segment, point), eyes_loss, torch.arange(len(images))),
-        ("pointing", args.pointing_updates, (model.backbone,), pointing_loss, pointable),
+        ("eyes", args.eyes_updates, (stem, segment, point), loss_of_eyes, torch.arange(len(images))),
+        ("pointing", args.pointing_updates, (model.backbone,), loss_of_pointing, pointable),
     )
     start = time.time()
     for name, num_updates, modules, loss_of, among in stages:
