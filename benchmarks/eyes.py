@@ -16,10 +16,8 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.assets import load_pack
 from common.checkpoints import locate
 from common.tiny import pretrain
-from common.tiny.pointing import OBJECTS
 from common.vision import ConvStem
 
 # changes of common/tiny/config.json; "half" sees every 2 x 2 pixels as one, with the same 35 tokens
@@ -83,8 +81,7 @@ def main(args: Args):
         train, val = np.flatnonzero(scenes < cut), np.flatnonzero((scenes >= cut) & pretrain.all_in_view(shown).numpy())
         mean, std = places[train].mean(0), places[train].std(0)
         scaled = torch.from_numpy((places - mean) / std)
-        num_classes = OBJECTS + len(load_pack("primitive").objects)
-        heads = [torch.nn.Linear(stem.width, n) for n in (classes.shape[2] * num_classes, places.shape[1])]
+        heads = pretrain.eyes_heads(stem, classes.shape[2])
         parameters = [p for module in (stem, *heads) for p in module.parameters()]
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
         generator, start, number = torch.Generator().manual_seed(args.seed), time.process_time(), 0
@@ -95,7 +92,7 @@ def main(args: Args):
             seen = recolour(images[rows], generator) if args.augment else images[rows]
             optimizer.zero_grad()
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                loss = pretrain.eyes_loss(stem, *heads, seen, classes[rows], scaled[rows], shown[rows])
+                loss = pretrain.eyes_loss(stem, heads, seen, classes[rows], shown[rows], scaled[rows])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

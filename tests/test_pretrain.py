@@ -75,6 +75,23 @@ def test_place_loss_counts_where_a_thing_is_shown():
         assert torch.isclose(pretrain.place_loss(guess, places, one), torch.tensor(5.0 * len(numbers) / 24))
 
 
+def test_of_two_objects_the_overview_is_not_asked(paths):
+    """Stops eyes that shall know which of two objects is meant, which only the text tells."""
+    stem = load_vla("tiny").backbone.vision_backbone
+    for path, alone in zip(paths, (True, False), strict=True):
+        images, classes, shown, places, _, _ = pretrain.load(path, stem)
+        both = torch.stack([(classes == k).flatten(1).any(1) for k in range(pointing.OBJECTS, 32)]).sum(0)
+        rows = torch.nonzero(shown.any(1).all(1) & (both == (1 if alone else 2))).flatten()[:4]
+        heads = pretrain.eyes_heads(stem, classes.shape[2])
+        pretrain.eyes_loss(
+            stem, heads, images[rows], classes[rows], shown[rows], torch.from_numpy(places[rows])
+        ).backward()
+        moved = heads[2].weight.grad.abs().sum(1) > 0
+        of_object = torch.tensor([1, 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0], dtype=torch.bool)
+        assert len(rows) and moved[~of_object].all() and (moved[of_object] == alone).all()
+        assert (heads[1].weight.grad.abs().sum(1) > 0).all(), "at its own tokens the named one is asked for"
+
+
 def test_both_stages_learn_and_the_model_is_a_start(paths, tmp_path, capsys):
     """Stops a stage that trains nothing, a model that does not load, and eyes that the second stage forgets."""
     args = dict(demos=paths, batch_size=16, val_scenes=1, dtype="float32", seed=3)

@@ -5,9 +5,9 @@
 OpenVLA starts from a vision-language model that knows where things are; the small model learns it here, without one
 robot action. In a scene of the training configurations the arm takes `poses_per_scene` random poses, in a quarter of
 them with the object in hand, and the answer is seven numbers, scored by the same tokens as an action:
-    0:3 object centre - TCP, 3:5 receptacle - TCP (metres, base axes), 5:7 m cos 2 a, m sin 2 a: the angle a from the
-    fingers' closing axis to the object's short horizontal axis, and its elongation m = 1 - short / long side
-A turn itself would jump between +-90 degrees, and mean nothing for round objects; these two numbers do neither.
+    0:3 object centre - TCP, 3:5 receptacle - TCP (metres), 5:7 m cos 2 b, m sin 2 b: the angle b of the object's short
+    horizontal axis and its elongation m = 1 - short / long side; all in base axes
+An angle would jump between +-90 degrees, and mean nothing for round objects; these two numbers do neither.
 A share of the scenes is varied: coloured noise as the table, tinted light, filler words around the instruction.
 Stored like demonstrations (common/demos.py), one episode per scene, with the class of every second pixel and the places
 that the answers come from: what common/tiny/pretrain.py trains on; there is nothing to replay.
@@ -77,8 +77,8 @@ def places(state):
 
 def answer(places):
     """(..., 7) float32, see the module, of `places` (..., 12): object and receptacle as seen from the gripper."""
-    thing, plate, (x, y), tcp, (c, s) = (np.moveaxis(part, -1, 0) for part in np.split(places, (3, 5, 7, 10), axis=-1))
-    return np.stack([*(thing - tcp), *(plate - tcp[:2]), x * c + y * s, y * c - x * s], axis=-1)
+    thing, plate, lie, tcp, _ = np.split(places, (3, 5, 7, 10), axis=-1)
+    return np.concatenate([thing - tcp, plate - tcp[..., :2], lie], axis=-1)
 
 
 def place_arm(env, rng, mode):
