@@ -8,7 +8,7 @@ help:
 	@echo "make demo    train PPO for a few iterations in the real simulator; prints where the curve and the video are"
 	@echo "make test    ruff and the whole test suite (arguments for pytest: PYTEST_ARGS='-k gae')"
 	@echo "make doctor  what this machine can do, with a fix for what is missing"
-	@echo "make warmup, make pretrained: the shipped weights again, 5 and 45 minutes"
+	@echo "make warmup, make pretrained: the shipped weights again, 4 and 40 minutes"
 	@echo "make setup | lint | format | lock | clean"
 
 setup:
@@ -18,20 +18,20 @@ DEMO_ARGS ?= --num-envs 64 --num-iterations 4 --value-warmup-iterations 1
 demo: setup
 	$(PY) ppo_vla.py $(DEMO_ARGS)
 
-# makes checkpoints/tiny-pretrained again, 45 minutes on two cores; see docs/demos.md
+# makes checkpoints/tiny-pretrained again, 40 minutes on two cores; see docs/demos.md
 pretrained: setup
 	$(PY) -m common.tiny.pointing --num-scenes 8000 --output demos/pointing
 	$(PY) -m common.tiny.pointing --num-scenes 6000 --task multi_carrot --seed 1 --output demos/pointing-two
 	$(VENV)/bin/torchrun --nproc-per-node 2 -m common.tiny.pretrain --output runs/tiny-pretrained
 	mkdir -p checkpoints/tiny-pretrained && cp runs/tiny-pretrained/* checkpoints/tiny-pretrained/
 
-# makes checkpoints/tiny-warmup again from checkpoints/tiny-pretrained, 5 minutes on two cores; see results/warmup
+# makes checkpoints/tiny-warmup again from checkpoints/tiny-pretrained, 4 minutes on two cores; see results/warmup
 warmup: setup
-	$(PY) -m common.demos --num-demos 500 --num-envs 32 --output demos/main
-	$(VENV)/bin/torchrun --nproc-per-node 2 sft_vla.py --demos demos/main --num-demos 500 --name tiny-warmup \
-		--dtype bfloat16 --num-envs 64 --num-iterations 7 --eval-every 7 --eval-episodes 192
-	mkdir -p checkpoints/tiny-warmup && cp runs/tiny-warmup/args.json runs/tiny-warmup/checkpoint-000007/*.json \
-		runs/tiny-warmup/checkpoint-000007/model.safetensors checkpoints/tiny-warmup/
+	$(PY) -m common.demos --num-demos 200 --num-envs 32 --output demos/main
+	$(VENV)/bin/torchrun --nproc-per-node 2 sft_vla.py --demos demos/main --num-demos 200 --name tiny-warmup \
+		--dtype bfloat16 --num-envs 64 --num-iterations 5 --eval-every 5 --eval-episodes 192
+	mkdir -p checkpoints/tiny-warmup && cp runs/tiny-warmup/args.json runs/tiny-warmup/checkpoint-000005/*.json \
+		runs/tiny-warmup/checkpoint-000005/model.safetensors checkpoints/tiny-warmup/
 
 test: lint
 	$(PY) -m pytest $(PYTEST_ARGS)
