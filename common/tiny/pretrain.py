@@ -7,9 +7,9 @@
 OpenVLA starts from vision towers and a language model that have seen the web; the small model gets from the simulator,
 in minutes, what it needs of that: which pixel shows what, where things are and how they lie, which of two objects is
 meant. No action is in it. Pointing alone is slow: the way from pixels to an object's place is long, and until all of it
-works, nothing is learned. The eyes' stage teaches the first part of the way at every image token: which class its
-pixels have and, where they show the object, the receptacle or the fingers, where that is and how it lies. Its two
-heads are not kept.
+works, nothing is learned. The eyes' stage teaches the first part of the way. At every image token: which class its
+pixels have and, where they show the object, the receptacle or the fingers, where that is and how it lies; from the mean
+of all tokens: where all of them are. Its heads are not kept.
 """
 
 import io
