@@ -39,24 +39,9 @@ class Args:
     seconds: float = 120  # of processor time per variant, half a cosine of the learning rate
     batch_size: int = 32
     learning_rate: float = 2e-3
-    augment: bool = False  # the pictures' colours: brightness, contrast and tint at random
     val_scenes: int = 150  # the last ones
     dtype: str = "bfloat16"
     seed: int = 1
-
-
-def degrees_off(found, right):
-    """(B,) degrees between axes given as (B, 2) cosine and sine of their doubled angles."""
-    turn = np.arctan2(found[:, 1], found[:, 0]) - np.arctan2(right[:, 1], right[:, 0])
-    return np.degrees(np.abs((turn + np.pi) % (2 * np.pi) - np.pi)) / 2
-
-
-def recolour(images, generator):
-    """(B, h, w, 3) uint8 with a random contrast, brightness and tint each."""
-    shape = (len(images), 1, 1, 3)
-    gain = 1 + 0.2 * (2 * torch.rand(shape, generator=generator) - 1)
-    shift = 30 * (2 * torch.rand((len(images), 1, 1, 1), generator=generator) - 1)
-    return (images * gain + shift).clamp(0, 255).to(torch.uint8)
 
 
 def main(args: Args):
@@ -84,15 +69,14 @@ def main(args: Args):
         heads = pretrain.eyes_heads(stem, classes.shape[2])
         parameters = [p for module in (stem, *heads) for p in module.parameters()]
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
-        generator, start, number = torch.Generator().manual_seed(args.seed), time.process_time(), 0
+        start, number = time.process_time(), 0
         while (fraction := (time.process_time() - start) / args.seconds) < 1:
             lr = args.learning_rate * min(1, (number + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * fraction))
             optimizer.param_groups[0]["lr"] = lr
             rows = train[np.random.default_rng([args.seed, number]).integers(len(train), size=args.batch_size)]
-            seen = recolour(images[rows], generator) if args.augment else images[rows]
             optimizer.zero_grad()
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                loss = pretrain.eyes_loss(stem, heads, seen, classes[rows], shown[rows], scaled[rows])
+                loss = pretrain.eyes_loss(stem, heads, images[rows], classes[rows], shown[rows], scaled[rows])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -110,7 +94,8 @@ def main(args: Args):
             1000 * np.linalg.norm((found - right)[:, part], axis=1) for part in (slice(2), slice(3, 5), slice(7, 10))
         ]
         far, long = (np.linalg.norm(right[:, :2] - right[:, 7:9], axis=1) > 0.05, np.hypot(*right[:, 5:7].T) > 0.4)
-        lie, closing = degrees_off(found[long, 5:7], right[long, 5:7]), degrees_off(found[:, 10:], right[:, 10:])
+        lie, closing = (pretrain.degrees_off(found[:, part], right[:, part]) for part in (slice(5, 7), slice(10, 12)))
+        lie = lie[long]
         size, (away, near) = sum(p.numel() for p in stem.parameters()) / 1e6, (off[0][far], off[0][~far])
         cells = [name, f"{size:.2f} M", number, f"{number * args.batch_size / args.seconds:.0f}"]
         cells += [f"{np.median(away):.0f} ({(away > 30).mean():.2f})", f"{np.median(near):.0f}"]

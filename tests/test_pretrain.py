@@ -105,6 +105,13 @@ def test_both_stages_learn_and_the_model_is_a_start(paths, tmp_path, capsys):
     assert list(made.norm_stats) == ["pointing"] and made.norm_stats["pointing"]["assets"] == "primitive"
 
 
+def test_degrees_between_axes():
+    """Stops 180 degrees between an axis and itself, and an angle that is not halved again."""
+    axis = lambda degrees: np.array([[np.cos(2 * np.deg2rad(degrees)), np.sin(2 * np.deg2rad(degrees))]])  # noqa: E731
+    for found, right, off in ((10, 40, 30), (85, -85, 10), (0, 90, 90), (200, 20, 0)):
+        assert np.allclose(pretrain.degrees_off(axis(found), 0.7 * axis(right)), off)
+
+
 def test_spread_labels():
     """Stops a label distribution that is shifted against the token, and a small width that is not the plain loss."""
     logprobs = torch.randn(4, 7, 256, generator=torch.Generator().manual_seed(0)).log_softmax(-1)

@@ -143,6 +143,12 @@ def spread_cross_entropy(logprobs, bins, std):
     return -(torch.softmax(-0.5 * (distance / std) ** 2, dim=-1) * logprobs).sum(-1)
 
 
+def degrees_off(found, right):
+    """(B,) degrees between axes, both given as (B, 2) cosine and sine of the doubled angle."""
+    turn = np.arctan2(found[:, 1], found[:, 0]) - np.arctan2(right[:, 1], right[:, 0])
+    return np.degrees(np.abs((turn + np.pi) % (2 * np.pi) - np.pi)) / 2
+
+
 @torch.no_grad()
 def errors(model, key, images, texts, answers):
     """Text: how far off greedy answers are, where the gripper is far from the object (5 cm) and where it is near."""
@@ -155,8 +161,7 @@ def errors(model, key, images, texts, answers):
         1000 * np.linalg.norm(off[:, part], axis=1) for part in (slice(0, 2), slice(3, 5))
     )  # mm
     far = np.linalg.norm(answers[:, :2], axis=1) > 0.05
-    double = [np.arctan2(x[:, 6], x[:, 5]) for x in (answers, found)]
-    turn = np.degrees(np.abs((double[0] - double[1] + np.pi) % (2 * np.pi) - np.pi)) / 2
+    turn = degrees_off(found[:, 5:7], answers[:, 5:7])
     long = np.hypot(answers[:, 5], answers[:, 6]) > 0.4
     return (
         f"object, far: {np.median(to_object[far]):.1f} mm, more than 30 mm off {(to_object[far] > 30).mean():.2f}, "
