@@ -50,13 +50,14 @@ class Args:
     hold_steps: int = 4  # steps stored after the expert is done, so that a policy learns to rest
     action_noise: float = 0.0  # m (10 times it in rad of yaw): std of what disturbs execution; labels stay clean
     noise_probability: float = 0.15  # of a step being disturbed: rare, visible pushes, not constant jitter
+    blunder_probability: float = 0.0  # of a step to begin four with opposite fingers: drops and misses to recover from
     image_format: Literal["jpeg", "png"] = "jpeg"  # jpeg: quality 95
 
 
-def rollout(envs, expert, episode_ids, encode, noise=(0.0, 1.0), rng=None):
+def rollout(envs, expert, episode_ids, encode, noise, rng):
     """Run the expert for one batch of whole episodes.
 
-    Args: episode_ids (N,) int64; encode: image (H, W, 3) uint8 -> stored frame; noise: metres and probability, by rng.
+    Args: episode_ids (N,) int64; encode: image (H, W, 3) uint8 -> stored frame; noise: m, its and blunders' rate.
     Returns a dict: frames N lists of T + 1, actions (executed) and labels (N, T, 7), success (N, T) bool, rewards
     (N, T), done_at (N,) first step at which the expert rested (T if never), instructions.
     """
@@ -64,13 +65,15 @@ def rollout(envs, expert, episode_ids, encode, noise=(0.0, 1.0), rng=None):
     expert.reset()
     frames = [[encode(image)] for image in images]
     labels, actions, success, rewards, done = [], [], [], [], []
+    blunder = np.zeros(len(images), dtype=int)  # steps it will last
     for _ in range(envs.max_episode_steps):
         label = expert.act(envs.privileged_state())
         done.append(expert.done)
         action = label.copy()
-        if noise[0]:
-            pushed = rng.random((len(label), 1)) < noise[1]
-            action[:, [0, 1, 2, 5]] += pushed * rng.normal(size=(len(label), 4)) * noise[0] * np.array([1, 1, 1, 10])
+        pushed = rng.random((len(label), 1)) < noise[1]
+        action[:, [0, 1, 2, 5]] += pushed * rng.normal(size=(len(label), 4)) * noise[0] * np.array([1, 1, 1, 10])
+        blunder = np.where(blunder > 0, blunder - 1, 4 * (rng.random(len(label)) < noise[2]))  # 0.8 s drop any object
+        action[:, 6] *= np.where(blunder > 0, -1, 1)
         images, reward, _, infos = envs.step(action)
         for i, image in enumerate(images):
             frames[i].append(encode(image))
@@ -78,11 +81,9 @@ def rollout(envs, expert, episode_ids, encode, noise=(0.0, 1.0), rng=None):
             values.append(np.array(value))
     done = np.stack(done, axis=1)
     done_at = np.where(done.any(1), done.argmax(1), done.shape[1])
-    stacked = {"actions": actions, "labels": labels, "success": success, "rewards": rewards}
-    return {
-        "frames": frames, "instructions": instructions, "done_at": done_at,
-        **{key: np.stack(values, axis=1) for key, values in stacked.items()},
-    }  # fmt: skip
+    parts = {"actions": actions, "labels": labels, "success": success, "rewards": rewards}
+    stacked = {key: np.stack(values, axis=1) for key, values in parts.items()}
+    return {"frames": frames, "instructions": instructions, "done_at": done_at, **stacked}
 
 
 def encode_image(image, image_format):
@@ -145,7 +146,8 @@ def _record_parts(args, settings, counts, seen, parts):
         args.max_episode_steps, args.fidelity, args.shader_pack, num_workers=args.num_workers,
     )  # fmt: skip
     expert = Expert(args.num_envs)
-    bar, noise = tqdm(total=args.num_demos, initial=old, unit="demo"), (args.action_noise, args.noise_probability)
+    noise = args.action_noise, args.noise_probability, args.blunder_probability
+    bar = tqdm(total=args.num_demos, initial=old, unit="demo")
     try:
         while len(seen) < args.num_demos:
             rng = np.random.default_rng([args.seed, counts["batches"]])  # a batch's number fixes its episodes
@@ -175,8 +177,7 @@ def _record_parts(args, settings, counts, seen, parts):
     finally:
         bar.close()
         envs.close()
-    minutes, new = (time.time() - start) / 60, len(seen) - old
-    print(f"{new} demonstrations in {minutes:.1f} min; rejected {counts['rejected']} of {counts['attempted']} episodes")
+    print(f"{len(seen) - old} demonstrations in {(time.time() - start) / 60:.1f} min; {bar.postfix} episodes")
     return paths
 
 
@@ -290,8 +291,7 @@ def load_demos(paths, fit=lambda images: images, num_demos=None, drop_idle="none
 
 def _read_header(path):
     """The .json beside the .h5 `path`, with every key that `load_demos` needs."""
-    json_path = path.with_suffix(".json")
-    for each in (path, json_path):
+    for each in (path, json_path := path.with_suffix(".json")):
         if not each.exists():
             raise FileNotFoundError(f"{each} is missing; make it with: python -m common.demos --output {path.parent}")
     try:

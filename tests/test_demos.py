@@ -161,6 +161,23 @@ def test_noise_is_executed_but_not_imitated(tmp_path):
     assert not difference[:, [3, 4, 6]].any()
 
 
+def test_blunders_last_four_steps_and_the_labels_show_the_way_out(tmp_path):
+    """Stops labels that imitate a drop or a missed grasp, and blunders too short to drop or miss anything."""
+    settings = ARGS | {"num_demos": 2, "num_envs": 2, "max_episode_steps": 60}
+    record(Args(output=str(tmp_path), **settings, blunder_probability=0.05))
+    labels = load_demos(tmp_path).actions
+    with h5py.File(tmp_path / "trajectory.h5") as file:
+        groups = [file[f"traj_{k}"] for k in range(2)]
+        executed = np.concatenate([group["actions"][:] for group in groups])
+        lengths = [len(group["actions"]) for group in groups]
+        assert all(group["success"][-1] for group in groups)
+    flipped = executed[:, 6] != labels[:, 6]
+    runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[0], flipped[: lengths[0]], [0]]))))[::2]
+    assert runs.max() >= 4 and (runs[:-1] >= 4).all(), "only the episode's end may cut a blunder"
+    assert np.array_equal(executed[:, :6], labels[:, :6])
+    assert set(labels[:, 6].tolist()) == {-1.0, 1.0} and max(lengths) > 26, "nothing had to be recovered from"
+
+
 # --- statistics and tokens ---
 def test_statistics_are_symmetric_with_floors():
     """Stops bins that have no zero, and dimensions whose whole range is rounding noise."""
