@@ -27,11 +27,12 @@ pretrained: setup
 
 # makes checkpoints/tiny-warmup again from checkpoints/tiny-pretrained, 4 minutes on two cores; see results/warmup
 warmup: setup
-	$(PY) -m common.demos --num-demos 200 --num-envs 32 --output demos/main
-	$(VENV)/bin/torchrun --nproc-per-node 2 sft_vla.py --demos demos/main --num-demos 200 --name tiny-warmup \
-		--dtype bfloat16 --num-envs 64 --num-iterations 5 --eval-every 5 --eval-episodes 192
-	mkdir -p checkpoints/tiny-warmup && cp runs/tiny-warmup/args.json runs/tiny-warmup/checkpoint-000005/*.json \
-		runs/tiny-warmup/checkpoint-000005/model.safetensors checkpoints/tiny-warmup/
+	$(PY) -m common.demos --num-demos 200 --num-envs 32 --max-episode-steps 60 --action-noise 0.015 \
+		--blunder-probability 0.04 --output demos/warmup
+	$(VENV)/bin/torchrun --nproc-per-node 2 sft_vla.py --demos demos/warmup --num-demos 200 --name tiny-warmup \
+		--dtype bfloat16 --num-envs 64 --num-iterations 6 --eval-every 6 --eval-episodes 192
+	mkdir -p checkpoints/tiny-warmup && cp runs/tiny-warmup/args.json runs/tiny-warmup/checkpoint-000006/*.json \
+		runs/tiny-warmup/checkpoint-000006/model.safetensors checkpoints/tiny-warmup/
 
 test: lint
 	$(PY) -m pytest $(PYTEST_ARGS)
