@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -233,6 +234,9 @@ def apply_lora(backbone, source: Source, rank: int, targets: str, merge: bool) -
 def inject(backbone, config: LoraConfig) -> None:
     """Adapters in float32 (RL-sized updates round away in bfloat16), everything else frozen."""
     inject_adapter_in_model(config, backbone)
+    for layer in backbone.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.cast_input_dtype_enabled = False  # PEFT would compute in float32; `VLA.autocast` decides
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:

@@ -142,8 +142,10 @@ def plan(settings, default, model_name):
     total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
     samples, width, text = s.num_envs * s.num_steps, 4 if s.dtype == "float32" else 2, backbone.language_model.config
     # 17 numbers per token, channel and layer of saved activations (Korthikanti et al. 2022, eq. 2), 40 tokens of text
-    tokens = source.config.get("image_tokens", 256) + 40
-    saved = (1 if s.activation_checkpointing else 17) * text.num_hidden_layers * text.hidden_size * tokens
+    patches, blocks = source.config.get("image_tokens", 256), backbone.vision_backbone.modules()
+    eyes = 0 if settings.get("freeze_vision") else sum(b.norm1.weight.numel() for b in blocks if hasattr(b, "norm1"))
+    places = text.num_hidden_layers * text.hidden_size * (patches + 40) + eyes * patches
+    saved = (1 if s.activation_checkpointing else 17) * places
     left, top, right, bottom = source.config.get("crop", (0, 0, 224, 224))
     image_bytes = 3 * (right - left) * (bottom - top) * (1 if "crop" in source.config else width)
     gigabytes = {

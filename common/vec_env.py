@@ -253,7 +253,8 @@ class GpuEnvs:
 
         self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
         self.image_size, self.fidelity = env_kwargs["image_size"], env_kwargs["fidelity"]
-        self._env = make_env(num_envs, sim_backend="physx_cuda", render_backend="gpu", **env_kwargs)
+        gpu = os.environ.get("LOCAL_RANK", "0")  # of torchrun: the one that `runs.setup_ranks` gives the model
+        self._env = make_env(num_envs, f"physx_cuda:{gpu}", f"gpu:{gpu}", **env_kwargs)
 
     def reset(self, episode_ids, env_ids=None):
         if env_ids is not None and len(env_ids) != self.num_envs:

@@ -151,8 +151,8 @@ class VLA(nn.Module):
         return self.backbone.language_model.model
 
     def autocast(self):
-        """On when weights are float32 masters of a lower compute dtype (full fine-tuning in bfloat16)."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.llama.norm.weight.dtype != self.dtype)
+        """Matmuls in the compute dtype, also where float32 weights that are trained take part."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def prompt_ids(self, instruction: str) -> list[int]:
         ids = self.tokenizer.encode(PROMPT.format(instruction.lower()), add_special_tokens=False).ids

@@ -530,7 +530,12 @@ def test_precision_of_parameters(rank):
     for frozen in (model, load_vla("tiny", dtype=torch.bfloat16, trainable=False)):
         inv_freq = frozen.backbone.language_model.model.rotary_emb.inv_freq
         assert inv_freq.dtype == torch.float32 and torch.equal(inv_freq, exact)
+    computed = []
+    for name, module in model.named_modules():
+        if name.endswith("lora_B.default"):
+            module.register_forward_hook(lambda module, inputs, output: computed.append(output.dtype))
     loss_of(model).backward()
+    assert set(computed) == ({torch.bfloat16} if rank else set()), "float32 matmuls cost a quarter of the speed"
     assert all(torch.isfinite(p.grad).all() for group in model.trainable_parameters().values() for p in group)
 
 
