@@ -8,13 +8,13 @@ help:
 	@echo "make demo    train PPO for a few iterations in the real simulator; prints where the curve and the video are"
 	@echo "make test    ruff and the whole test suite (arguments for pytest: PYTEST_ARGS='-k gae')"
 	@echo "make doctor  what this machine can do, with a fix for what is missing"
-	@echo "make warmup, make pretrained: the shipped weights again, 4 and 40 minutes"
+	@echo "make warmup, make pretrained: the shipped weights again, 7 and 40 minutes"
 	@echo "make setup | lint | format | lock | clean"
 
 setup:
 	@VENV=$(VENV) bash scripts/setup.sh
 
-DEMO_ARGS ?= --num-envs 64 --num-iterations 4 --value-warmup-iterations 1
+DEMO_ARGS ?= --num-envs 64 --num-iterations 4 --value-warmup-iterations 1 --no-anneal-lr
 demo: setup
 	$(PY) ppo_vla.py $(DEMO_ARGS)
 
@@ -25,14 +25,14 @@ pretrained: setup
 	$(VENV)/bin/torchrun --nproc-per-node 2 -m common.tiny.pretrain --output runs/tiny-pretrained
 	mkdir -p checkpoints/tiny-pretrained && cp runs/tiny-pretrained/* checkpoints/tiny-pretrained/
 
-# makes checkpoints/tiny-warmup again from checkpoints/tiny-pretrained, 4 minutes on two cores; see results/warmup
+# makes checkpoints/tiny-warmup again from checkpoints/tiny-pretrained, 7 minutes on two cores; see results/warmup
 warmup: setup
-	$(PY) -m common.demos --num-demos 200 --num-envs 32 --max-episode-steps 60 --action-noise 0.015 \
+	$(PY) -m common.demos --num-demos 1000 --num-envs 32 --max-episode-steps 60 --action-noise 0.015 \
 		--blunder-probability 0.04 --output demos/warmup
-	$(VENV)/bin/torchrun --nproc-per-node 2 sft_vla.py --demos demos/warmup --num-demos 200 --name tiny-warmup \
-		--dtype bfloat16 --num-envs 64 --num-iterations 6 --eval-every 6 --eval-episodes 192
-	mkdir -p checkpoints/tiny-warmup && cp runs/tiny-warmup/args.json runs/tiny-warmup/checkpoint-000006/*.json \
-		runs/tiny-warmup/checkpoint-000006/model.safetensors checkpoints/tiny-warmup/
+	$(VENV)/bin/torchrun --nproc-per-node 2 sft_vla.py --demos demos/warmup --name tiny-warmup \
+		--dtype bfloat16 --num-envs 64 --num-iterations 4 --eval-every 4 --eval-episodes 192
+	mkdir -p checkpoints/tiny-warmup && cp runs/tiny-warmup/args.json runs/tiny-warmup/checkpoint-000004/*.json \
+		runs/tiny-warmup/checkpoint-000004/model.safetensors checkpoints/tiny-warmup/
 
 test: lint
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -74,7 +74,7 @@ class Args:
     num_videos: int = 2  # per evaluation
     checkpoint_every: int = 1  # iterations; an interruption loses at most so many
     # algorithm
-    num_iterations: int = 300  # rollouts; [P] 2 M steps = 391
+    num_iterations: int = 60  # rollouts; [P] 2 M steps = 391
     num_steps: int = 160  # control steps per environment and rollout, a multiple of max_episode_steps [M]; [P] 80
     group_size: int = 8  # neighbouring environments that are compared [P's text]; its code: all 64
     same_state: bool = True  # a group shares initial states and instructions; False: the code's plain "GRPO"
@@ -84,7 +84,7 @@ class Args:
     mask_after_success: bool = False  # steps after an episode's first success are left out [D]
     length_norm: bool = True  # every episode weighs the same, however many of its steps are left in [R]
     learning_rate: float = 1e-4  # AdamW, policy [P]
-    anneal_lr: bool = False  # linear to 0 over the run; [P] constant
+    anneal_lr: bool = True  # linear to 0 over the run [M]; [P] constant
     weight_decay: float = 0.01  # AdamW [P]
     update_epochs: int = 1  # passes over a rollout [P]
     num_minibatches: int = 20  # optimizer steps per epoch if no group is left out [M]; [P] 32 of 160 samples
@@ -108,7 +108,7 @@ PRESETS = {
         solver_iterations=15, fidelity="published", shader_pack="default", sim_device="cuda",
         model="openvla/openvla-7b", unnorm_key="bridge_orig", dtype="bfloat16", lora_rank=32, freeze_vision=False,
         num_iterations=391, num_steps=80, group_size=64, same_state=False, advantage="stepwise", num_minibatches=32,
-        micro_batch_size=8, clip_high=0.2, pg_coef=7.0, recompute_logprobs=True, ratio_tolerance=0.5,
+        anneal_lr=False, micro_batch_size=8, clip_high=0.2, pg_coef=7.0, recompute_logprobs=True, ratio_tolerance=0.5,
     ),
 }  # fmt: skip
 

@@ -81,12 +81,12 @@ class Args:
     num_videos: int = 2  # per evaluation
     checkpoint_every: int = 1  # iterations; an interruption loses at most so many
     # algorithm
-    num_iterations: int = 300  # rollouts; [P] 2 M steps = 391
+    num_iterations: int = 60  # rollouts; [P] 2 M steps = 391
     num_steps: int = 160  # control steps per environment and rollout, a multiple of max_episode_steps [M]; [P] 80
     reset_after_success: int = 5  # steps that success lasts until the episode ends [D]; 0 = never [P]; 1: RLinf
-    learning_rate: float = 4e-5  # AdamW, policy [M]; [P] 1e-4
+    learning_rate: float = 1e-4  # AdamW, policy [P]
     value_learning_rate: float = 1e-3  # AdamW, value head; [P] 3e-3 [M]
-    anneal_lr: bool = False  # linear to 0 over the run; [P] constant
+    anneal_lr: bool = True  # linear to 0 over the run [M]; [P] constant
     weight_decay: float = 0.01  # AdamW [P]
     value_warmup_iterations: int = 3  # first iterations that train the value alone [M]; [P] 0
     value_input: Literal["state", "h0", "hn", "concat"] = "state"  # the simulator's [M], or a hidden state; [P] h0
@@ -118,7 +118,7 @@ PRESETS = {
         solver_iterations=15, fidelity="published", shader_pack="default", sim_device="cuda",
         model="openvla/openvla-7b", unnorm_key="bridge_orig", dtype="bfloat16", lora_rank=32, freeze_vision=False,
         num_iterations=391, num_steps=80, reset_after_success=0, value_input="h0", value_warmup_iterations=0,
-        learning_rate=1e-4, value_learning_rate=3e-3, gae_lambda=0.95, num_minibatches=32, micro_batch_size=8,
+        anneal_lr=False, value_learning_rate=3e-3, gae_lambda=0.95, num_minibatches=32, micro_batch_size=8,
         pg_coef=7.0, recompute_logprobs=True, ratio_tolerance=0.5,
     ),
 }  # fmt: skip

@@ -387,7 +387,7 @@ def test_start_policy_is_the_start(tmp_path):
 # --- the whole script in the real simulator ---
 SMALL = dict(
     model="tiny", num_envs=4, group_size=2, max_episode_steps=2, num_steps=4, num_minibatches=4, num_workers=1,
-    torch_threads=1, eval_episodes=2, eval_every=0, num_videos=1, filter_low=0.0, filter_high=1.0,
+    torch_threads=1, eval_episodes=2, eval_every=0, num_videos=1, filter_low=0.0, filter_high=1.0, anneal_lr=False,
 )  # fmt: skip
 
 

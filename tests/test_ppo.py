@@ -303,7 +303,7 @@ def test_bad_args_are_refused_before_anything_is_loaded(settings, message, tmp_p
 SMALL = dict(
     model="tiny", num_envs=2, max_episode_steps=2, num_steps=4, num_minibatches=4, num_workers=1, torch_threads=1
 )
-SMALL |= dict(eval_episodes=3, eval_every=2, num_videos=1, value_warmup_iterations=0)
+SMALL |= dict(eval_episodes=3, eval_every=2, num_videos=1, value_warmup_iterations=0, anneal_lr=False)
 
 
 @pytest.fixture(scope="module")
@@ -434,7 +434,7 @@ def command(*flags):
     names = "model num_envs max_episode_steps num_steps num_minibatches num_workers torch_threads eval_every"
     names = [*names.split(), "value_warmup_iterations"]
     values = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(small, name)))]
-    return [str(ROOT / "ppo_vla.py"), *values, *flags]
+    return [str(ROOT / "ppo_vla.py"), *values, "--no-anneal-lr", *flags]
 
 
 def test_sigterm_leaves_a_run_that_continues_exactly(train, tmp_path):
