@@ -84,7 +84,7 @@ class Args:
     mask_after_success: bool = False  # steps after an episode's first success are left out [D]
     length_norm: bool = True  # every episode weighs the same, however many of its steps are left in [R]
     learning_rate: float = 1e-4  # AdamW, policy [P]
-    anneal_lr: bool = True  # linear to 0 over the run [M]; [P] constant
+    anneal_lr: bool = True  # linear to 0 over the run [D]; [P] constant
     weight_decay: float = 0.01  # AdamW [P]
     update_epochs: int = 1  # passes over a rollout [P]
     num_minibatches: int = 20  # optimizer steps per epoch if no group is left out [M]; [P] 32 of 160 samples

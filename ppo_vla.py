@@ -86,7 +86,7 @@ class Args:
     reset_after_success: int = 5  # steps that success lasts until the episode ends [D]; 0 = never [P]; 1: RLinf
     learning_rate: float = 1e-4  # AdamW, policy [P]
     value_learning_rate: float = 1e-3  # AdamW, value head; [P] 3e-3 [M]
-    anneal_lr: bool = True  # linear to 0 over the run [M]; [P] constant
+    anneal_lr: bool = True  # linear to 0 over the run [D]; [P] constant
     weight_decay: float = 0.01  # AdamW [P]
     value_warmup_iterations: int = 3  # first iterations that train the value alone [M]; [P] 0
     value_input: Literal["state", "h0", "hn", "concat"] = "state"  # the simulator's [M], or a hidden state; [P] h0

@@ -138,12 +138,14 @@ def plan(settings, default, model_name):
     with torch.device("meta"):
         backbone = Backbone(source.config)
         checkpoints.apply_lora(backbone, source, s.lora_rank, s.lora_targets, False)
+    for part in (backbone.vision_backbone, backbone.projector) if settings.get("freeze_vision") else ():
+        part.requires_grad_(False)
     sizes = [(p.numel(), p.requires_grad) for p in backbone.parameters()]
     total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
     samples, width, text = s.num_envs * s.num_steps, 4 if s.dtype == "float32" else 2, backbone.language_model.config
     # 17 numbers per token, channel and layer of saved activations (Korthikanti et al. 2022, eq. 2), 40 tokens of text
     patches, blocks = source.config.get("image_tokens", 256), backbone.vision_backbone.modules()
-    eyes = 0 if settings.get("freeze_vision") else sum(b.norm1.weight.numel() for b in blocks if hasattr(b, "norm1"))
+    eyes = sum(b.norm1.weight.numel() for b in blocks if hasattr(b, "norm1")) * (not settings.get("freeze_vision"))
     places = text.num_hidden_layers * text.hidden_size * (patches + 40) + eyes * patches
     saved = (1 if s.activation_checkpointing else 17) * places
     left, top, right, bottom = source.config.get("crop", (0, 0, 224, 224))
