@@ -12,10 +12,13 @@ pixels have and, where they show the object, the receptacle or the fingers, wher
 of all tokens: where all of them are. Its heads are not kept.
 """
 
+import functools
 import io
 import json
+import multiprocessing
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +47,9 @@ class Args:
     learning_rate: float = 2e-3  # AdamW; each stage ends with half a cosine
     label_std: float = 4.0  # bins; an answer's label is a normal distribution, in the first half a wider one
     val_scenes: int = 100  # the last ones of each directory
+    report_every: int = 250  # updates
     seed: int = 1
+    device: str = "auto"  # cpu, cuda, or auto
     dtype: str = "bfloat16"  # of matmuls; float32 on a processor without bfloat16 arithmetic
     torch_threads: int = 1  # per rank
 
@@ -52,7 +57,7 @@ class Args:
 def check_args(args):
     """ValueError, FileNotFoundError or FileExistsError with value, rule and fix, before anything is loaded."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    for name in "eyes_updates pointing_updates batch_size val_scenes torch_threads".split():
+    for name in "eyes_updates pointing_updates batch_size val_scenes report_every torch_threads".split():
         if (value := getattr(args, name)) < (least := 0 if name.endswith("updates") else 1):
             raise ValueError(f"{name} = {value} must be >= {least}; use {getattr(Args, name)}")
     if args.batch_size % ranks:
@@ -67,17 +72,26 @@ def check_args(args):
             raise FileNotFoundError(f"{path}/trajectory.h5 is missing; {fix}")
 
 
-def load(path, stem):
+def load(path, stem, run=map):
     """Pictures of one recording as the `stem` sees them: images (B, h, w, 3) uint8; classes (B, tokens, pixels of a
     token at a quarter of the size) uint8; shown (B, tokens, 3) bool: which tokens show the object that is named, the
-    receptacle, the fingers; places (B, 12) float32; texts (B,) str; scenes (B,) int."""
-    grid = stem.grid
-    images, classes, objects, places, texts, scenes = [], [], [], [], [], []
+    receptacle, the fingers; places (B, 12) float32; texts (B,) str; scenes (B,) int. run: `map`, or that of a pool."""
     with h5py.File(f"{path}/trajectory.h5") as file:
         if not {"classes", "places"} <= file["traj_0"].keys() or "object" not in file["traj_0"].attrs:
             text = "has no pixel classes, places or object"
             raise ValueError(f"{path} {text}; record it again with this version of common/tiny/pointing.py")
-        for scene in range(len(file)):
+        parts = [range(start, min(start + 250, len(file))) for start in range(0, len(file), 250)]
+    arrays = zip(*run(functools.partial(load_scenes, path, stem), parts), strict=True)
+    images, classes, shown, places, texts, scenes = map(np.concatenate, arrays)
+    return *map(torch.from_numpy, (images, classes, shown)), places, texts, scenes
+
+
+def load_scenes(path, stem, numbers):
+    """Those scenes of one recording, as arrays; see `load`."""
+    grid = stem.grid
+    images, classes, objects, places, texts, scenes = [], [], [], [], [], []
+    with h5py.File(f"{path}/trajectory.h5") as file:
+        for scene in numbers:
             group = file[f"traj_{scene}"]
             frames = group[f"obs/sensor_data/{CAMERA}/rgb"][:-1]
             pictures = np.stack([np.asarray(Image.open(io.BytesIO(frame))) for frame in frames])
@@ -93,7 +107,8 @@ def load(path, stem):
     classes = classes.view(-1, grid[0], height, grid[1], width).transpose(2, 3).flatten(3).flatten(1, 2)
     things = torch.tensor(objects)[:, None, None], RECEPTACLE, FINGERS
     shown = torch.stack([(classes == thing).any(2) for thing in things], dim=2)
-    return torch.cat(images), classes, shown, np.concatenate(places), np.array(texts), np.array(scenes)
+    pictures = torch.cat(images), classes, shown
+    return *(tensor.numpy() for tensor in pictures), np.concatenate(places), np.array(texts), np.array(scenes)
 
 
 def all_in_view(shown):
@@ -133,13 +148,13 @@ def eyes_loss(stem, heads, images, classes, shown, places):
     segmentation = F.cross_entropy(logits.view(-1, num_classes), classes.long().flatten())
     in_picture = shown.any(1, keepdim=True)  # (B, 1, 3)
     objects = torch.stack([(classes == k).flatten(1).any(1) for k in range(OBJECTS, num_classes)]).sum(0)
-    in_picture[objects > 1] &= torch.tensor([False, True, True])  # which of two is meant, only the text tells
+    in_picture[objects > 1, :, 0] = False  # which of two is meant, only the text tells
     return segmentation + place_loss(guess, places, shown) + place_loss(summary, places, in_picture)
 
 
 def spread_cross_entropy(logprobs, bins, std):
     """Cross-entropy (M, 7), nats, of log-probs (M, 7, 256) and normal distributions, `std` bins wide, of (M, 7)."""
-    distance = torch.arange(logprobs.shape[-1]) - bins[..., None]
+    distance = torch.arange(logprobs.shape[-1], device=logprobs.device) - bins[..., None]
     return -(torch.softmax(-0.5 * (distance / std) ** 2, dim=-1) * logprobs).sum(-1)
 
 
@@ -174,13 +189,15 @@ def main(args: Args):
     check_args(args)
     from common.vla import load_vla, save_vla
 
-    runs.setup_ranks("cpu")
+    device = runs.setup_ranks(args.device)
     rank, world_size = runs.rank_and_world_size()
     torch.set_num_threads(args.torch_threads)
     runs.seed_everything(args.seed)
     model = load_vla(args.model, dtype=getattr(torch, args.dtype), value_head=False, seed=args.seed)
     stem, key = model.backbone.vision_backbone, "pointing"
-    parts = [load(path, stem) for path in args.demos]
+    cores, spawn = len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(cores, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        parts = [load(path, stem, pool.map) for path in args.demos]
     val = [np.flatnonzero((scenes >= scenes.max() + 1 - args.val_scenes) & all_in_view(shown).numpy())
            for _, _, shown, *_, scenes in parts]  # fmt: skip
     train = [np.flatnonzero(scenes < scenes.max() + 1 - args.val_scenes) for *_, scenes in parts]
@@ -191,11 +208,14 @@ def main(args: Args):
     model.norm_stats.clear()
     model.norm_stats[key] = {"action": action_statistics(answers), "assets": "primitive"}
     tokens = model.tokens_from_actions(answers, key)
-    heads = eyes_heads(stem, classes.shape[2])
+    pointable = torch.nonzero(all_in_view(shown)).flatten()
     scaled = torch.from_numpy((places - places.mean(0)) / places.std(0))
+    model.to(device)
+    heads = [head.to(device) for head in eyes_heads(stem, classes.shape[2])]
+    images, classes, shown, scaled, tokens = (x.to(device) for x in (images, classes, shown, scaled, tokens))
 
     def loss_of_eyes(rows, _):
-        with torch.autocast("cpu", model.dtype, enabled=model.dtype != torch.float32):
+        with model.autocast():
             return eyes_loss(stem, heads, images[rows], classes[rows], shown[rows], scaled[rows])
 
     def loss_of_pointing(rows, fraction):
@@ -203,7 +223,6 @@ def main(args: Args):
         std = args.label_std * max(1, 8 * (1 - 2 * fraction))  # roughly right is learned sooner than exactly
         return spread_cross_entropy(logprobs, tokens[rows] - model.backbone.bins.start, std).mean()
 
-    pointable = torch.nonzero(all_in_view(shown)).flatten()
     stages = (
         ("eyes", args.eyes_updates, (stem, *heads), loss_of_eyes, torch.arange(len(images))),
         ("pointing", args.pointing_updates, (model.backbone,), loss_of_pointing, pointable),
@@ -211,7 +230,7 @@ def main(args: Args):
     start = time.time()
     for name, num_updates, modules, loss_of, among in stages:
         parameters, losses = [p for module in modules for p in module.parameters()], []
-        optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, fused=device.type == "cuda")
         for number in range(num_updates):
             fraction = number / num_updates
             lr = args.learning_rate * min(1, (number + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * fraction))
@@ -223,10 +242,10 @@ def main(args: Args):
             runs.sum_gradients(parameters)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            losses.append(runs.sum_over_ranks(loss.detach()).item())
-            if rank == 0 and (number + 1) % 250 == 0:
-                loss = np.mean(losses[-250:])
-                text = f"{name} {number + 1}/{num_updates} | {time.time() - start:.0f} s | loss {loss:.3f}"
+            losses.append(runs.sum_over_ranks(loss.detach()))
+            if rank == 0 and (number + 1) % args.report_every == 0:
+                loss = torch.stack(losses[-args.report_every :]).mean().item()
+                text = f"{name} {number + 1}/{num_updates} | {time.time() - start:.1f} s | loss {loss:.3f}"
                 if name == "pointing":
                     for path, part, at in zip(args.demos, parts, val, strict=True):
                         text += f"\n  {path}: {errors(model, key, part[0][at], part[4][at], answer(part[3][at]))}"
