@@ -28,6 +28,17 @@ def test_features_of_the_real_simulator():
         envs.close()
 
 
+def test_an_object_far_below_the_table_has_bounded_features():
+    """Stops values that grow with the fall of a lost object: two runs lost an iteration to one such episode."""
+    pose = np.tile([0.0, 0, 0, 1, 0, 0, 0], (2, 1))
+    state = {f"{name}_pose": pose for name in ("base", "tcp", "tcp_target", "plate")}
+    state |= {"object_pose": pose + [[0.0] * 7, [0, 0, -500, 0, 0, 0, 0]], "object_index": np.array([0, 1])}
+    state |= {"object_bbox": np.zeros((2, 2, 3)), "finger_qpos": np.zeros((2, 2))}
+    features = state_features(state, np.zeros((2, 3)), np.zeros(2))
+    assert features[1, 2] == -10 and features[1, 5] == 10 and features.abs().max() == 10
+    assert features[0, :23].abs().max() == 0, "what is near is as it was"
+
+
 def test_update_critic_fits_returns_and_leaves_the_policy_alone():
     """Stops a critic that does not learn, and policy weights that move (by momentum or decay) while it does."""
     torch.manual_seed(0)
