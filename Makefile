@@ -22,13 +22,15 @@ demo: setup
 SHIP = $(PY) -c "import sys, torch; from common.vla import *; \
 	save_vla(load_vla(sys.argv[1], dtype=torch.bfloat16, value_head=False, trainable=False), sys.argv[2])"
 
-# makes checkpoints/tiny-pretrained again; the last two take 6 minutes of an H100, hours of a CPU; see docs/demos.md
+# makes checkpoints/tiny-pretrained again; training takes 6 minutes of an H100, or about 5 hours of two cores, where
+# it is: make pretrained PRETRAIN=".venv/bin/torchrun --nproc-per-node 2"; see docs/demos.md
+PRETRAIN ?= $(PY)
 pretrained: setup
 	$(PY) -m common.tiny.pointing --num-scenes 8000 --output demos/pointing
 	$(PY) -m common.tiny.pointing --num-scenes 8000 --task multi_carrot --seed 1 --output demos/pointing-two
-	$(PY) -m common.tiny.pretrain --batch-size 512 --eyes-updates 2613 --pointing-updates 3015 \
+	$(PRETRAIN) -m common.tiny.pretrain --batch-size 512 --eyes-updates 2613 --pointing-updates 3015 \
 		--output runs/tiny-pretrained-wide
-	$(PY) -m common.tiny.pretrain --batch-size 512 --eyes-updates 0 --pointing-updates 5000 --label-std 2 \
+	$(PRETRAIN) -m common.tiny.pretrain --batch-size 512 --eyes-updates 0 --pointing-updates 5000 --label-std 2 \
 		--model runs/tiny-pretrained-wide --output runs/tiny-pretrained
 	$(SHIP) runs/tiny-pretrained checkpoints/tiny-pretrained
 

@@ -33,7 +33,7 @@ def state_features(state, flags, progress):
         thing[:, :3] - tcp[:, :3], plate[:, :3] - thing[:, :3], target[:, :3] - tcp[:, :3], thing[:, :3] - base[:, :3],
         tcp[:, :3] - base[:, :3], state["object_bbox"].reshape(len(tcp), 6), state["finger_qpos"],
     )  # fmt: skip
-    # An object that is knocked off falls on: without a bound the values of a few such states drown a whole rollout.
+    # An object pushed through the table falls 300 m in 32 steps: unbounded, such values drown a whole rollout.
     decimetres = (10 * np.concatenate(metres, 1)).clip(-10, 10)
     parts = (decimetres, thing[:, 3:], tcp[:, 3:], flags, progress[:, None], which)
     return torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32))

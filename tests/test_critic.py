@@ -29,7 +29,7 @@ def test_features_of_the_real_simulator():
 
 
 def test_an_object_far_below_the_table_has_bounded_features():
-    """Stops values that grow with the fall of a lost object: two runs lost an iteration to one such episode."""
+    """Stops values that grow with the fall of a lost object, which drown those of the rollout's other episodes."""
     pose = np.tile([0.0, 0, 0, 1, 0, 0, 0], (2, 1))
     state = {f"{name}_pose": pose for name in ("base", "tcp", "tcp_target", "plate")}
     state |= {"object_pose": pose + [[0.0] * 7, [0, 0, -500, 0, 0, 0, 0]], "object_index": np.array([0, 1])}
