@@ -224,6 +224,7 @@ def apply_lora(backbone, source: Source, rank: int, targets: str, merge: bool) -
                 setattr(backbone.get_submodule(owner), leaf, layer.base_layer)
             del backbone.peft_config
             backbone.requires_grad_(True)
+            source.private = True  # these weights are in no file: an adapter on top of them is saved with them
     if rank > 0 and (merge or source.adapter is None):
         if targets not in LORA_TARGETS:
             raise ValueError(f"lora_targets is {targets!r}; use one of {sorted(LORA_TARGETS)}")

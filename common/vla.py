@@ -336,6 +336,9 @@ def load_vla(
         settings["separate_critic"] = separate_critic
     if settings["value_input"] not in ("h0", "hn", "concat", "state"):
         raise ValueError(f"value_input is {value_input!r}; use 'h0', 'hn', 'concat' or 'state'")
+    if value_head and source.value_settings.get("value_input", settings["value_input"]) != settings["value_input"]:
+        saved, fix = source.value_settings["value_input"], "use that, or for a new value head remove the file"
+        raise ValueError(f"{source.value_file} reads value_input = {saved!r}, not {settings['value_input']!r}; {fix}")
     if settings["separate_critic"] and settings["value_input"] != "h0":
         raise ValueError(f"separate_critic reads h0 of the prompt, not value_input = {value_input!r}; drop one of them")
     masters = trainable and not lora_rank and (source.adapter is None or merge_adapter)
@@ -347,9 +350,9 @@ def load_vla(
         checkpoints.apply_lora(backbone, source, lora_rank, lora_targets, merge_adapter)
         tokenizer = Tokenizer.from_file(str(source.tokenizer))
         model = VLA(backbone, tokenizer, source.config, dtype, value_head=value_head, **settings).to(device)
-    if freeze_vision:
-        model.backbone.vision_backbone.requires_grad_(False), model.backbone.projector.requires_grad_(False)
+    for part in (model.backbone, model.critic or model.backbone) if freeze_vision else ():
+        part.vision_backbone.requires_grad_(False), part.projector.requires_grad_(False)
     model.source = source
     if source.value_file and value_head:
         checkpoints.fill_value(model)
-    return model if trainable else model.requires_grad_(False)
+    return (model if trainable else model.requires_grad_(False)).eval()  # no dropout, of a foreign adapter either

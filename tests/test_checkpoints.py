@@ -106,6 +106,24 @@ def test_frozen_base_of_an_adapter_directory_stays_in_the_low_dtype(tmp_path):
     assert dtypes == {torch.bfloat16: False, torch.float32: True}
 
 
+def test_dropout_of_a_foreign_adapter_is_off(tmp_path):
+    """Stops sampling and scoring of an adapter trained with dropout from being two different random policies."""
+    save_vla(disturb(load_vla("tiny", lora_rank=2)), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / checkpoints.ADAPTER_CONFIG).read_text()) | {"lora_dropout": 0.5}
+    (tmp_path / "a" / checkpoints.ADAPTER_CONFIG).write_text(json.dumps(config))
+    model = load_vla(tmp_path / "a")
+    assert same(outputs(model), outputs(model))
+
+
+def test_a_value_head_of_other_inputs_is_refused(tmp_path):
+    """Stops a head trained on h0 from being fed the last hidden state, which has the same shape."""
+    save_vla(load_vla("tiny", value_input="h0"), tmp_path / "a")
+    for other in ("hn", "state"):
+        with pytest.raises(ValueError, match=f"reads value_input = 'h0', not '{other}'; use that, or for a new"):
+            load_vla(tmp_path / "a", value_input=other)
+    load_vla(tmp_path / "a", value_input="hn", value_head=False)
+
+
 def test_plain_peft_reads_our_adapter(reference, tmp_path):
     """An adapter directory that only this code can read: PeftModel on the bare model must give the same numbers."""
     from peft import PeftModel
@@ -167,6 +185,8 @@ def test_merged_adapter_is_a_full_model(reference, tmp_path):
     merged = load_vla(reference, adapter=tmp_path / "warm", merge_adapter=True, lora_rank=2)
     assert same(outputs(merged)[0], outputs(warm)[0], 2e-4)
     assert merged.backbone.peft_config["default"].r == 2
+    save_vla(merged, tmp_path / "saved")  # what it was merged into is in no other file
+    assert same(outputs(load_vla(tmp_path / "saved"))[0], outputs(merged)[0], 1e-6)
     with pytest.raises(ValueError, match="is itself an adapter directory"):
         load_vla(tmp_path / "warm", adapter=tmp_path / "warm")
 
