@@ -25,14 +25,22 @@ SHIP = $(PY) -c "import sys, torch; from common.vla import *; \
 # makes checkpoints/tiny-pretrained again; training takes 6 minutes of an H100, or about 5 hours of two cores, where
 # it is: make pretrained PRETRAIN=".venv/bin/torchrun --nproc-per-node 2"; see docs/demos.md
 PRETRAIN ?= $(PY)
-pretrained: setup
+pretrained: runs/tiny-pretrained/config.json
+	$(SHIP) runs/tiny-pretrained checkpoints/tiny-pretrained
+
+demos/pointing/trajectory.json: | setup
 	$(PY) -m common.tiny.pointing --num-scenes 8000 --output demos/pointing
+
+demos/pointing-two/trajectory.json: | setup
 	$(PY) -m common.tiny.pointing --num-scenes 8000 --task multi_carrot --seed 1 --output demos/pointing-two
+
+runs/tiny-pretrained-wide/config.json: demos/pointing/trajectory.json demos/pointing-two/trajectory.json
 	$(PRETRAIN) -m common.tiny.pretrain --batch-size 512 --eyes-updates 2613 --pointing-updates 3015 \
 		--output runs/tiny-pretrained-wide
+
+runs/tiny-pretrained/config.json: runs/tiny-pretrained-wide/config.json
 	$(PRETRAIN) -m common.tiny.pretrain --batch-size 512 --eyes-updates 0 --pointing-updates 5000 --label-std 2 \
 		--model runs/tiny-pretrained-wide --output runs/tiny-pretrained
-	$(SHIP) runs/tiny-pretrained checkpoints/tiny-pretrained
 
 # makes checkpoints/tiny-warmup again from checkpoints/tiny-pretrained, 4 minutes on two cores; see results/warmup
 warmup: setup

@@ -49,7 +49,7 @@ class Args:
     dry_run: bool = False  # print the plan with a memory estimate, and leave
     # environment
     task: str = "main"  # a row of common/tasks.py; evaluation during training is on the same task
-    split: Literal["train", "test", "all"] = "train"  # its configurations
+    split: Literal["train", "test"] = "train"  # its configurations
     assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
     num_envs: int = 64  # over all ranks, a multiple of num_trajectories [P]
     max_episode_steps: int = 40  # control steps of 0.2 s; the expert needs 26; [P] 80 [M]
@@ -100,8 +100,8 @@ PRESETS = {
     "paper": Args(
         preset="paper", assets="bridge", max_episode_steps=80, image_size=(640, 480), sim_freq=500,
         solver_iterations=15, fidelity="published", shader_pack="default", sim_device="cuda",
-        model="openvla/openvla-7b", unnorm_key="bridge_orig", dtype="bfloat16", lora_rank=32, freeze_vision=False,
-        num_iterations=391, num_steps=80, pairs_per_batch=1, micro_batch_size=8,
+        model="gen-robot/openvla-7b-rlvla-warmup", unnorm_key="bridge_orig", dtype="bfloat16", lora_rank=32,
+        freeze_vision=False, num_iterations=391, num_steps=80, pairs_per_batch=1, micro_batch_size=8,
     ),
 }  # fmt: skip
 
@@ -111,7 +111,7 @@ def check_args(args):
     positive = "num_iterations update_epochs pairs_per_batch pairs_per_state micro_batch_size checkpoint_every beta"
     positive = {name: getattr(args, name) for name in (*positive.split(), "torch_threads", "temperature")}
     runs.check_rollout(args.num_envs, args.num_steps, args.max_episode_steps, 1, **positive)
-    runs.check_run(args.name, args.resume, args.track)
+    runs.check_run(args)
     k, n, t = args.num_trajectories, args.num_envs // int(os.environ.get("WORLD_SIZE", 1)), args.max_episode_steps
     if k < 2 or n % k:
         raise ValueError(f"num_trajectories = {k} must be >= 2 and divide the {n} environments of a rank; use 8 of 64")
@@ -226,6 +226,8 @@ def all_logprobs(model, data, args):
     return runs.sum_over_ranks(logprobs)
 
 
+# What stored pairs and their reference log-probs depend on, of the flags that --resume may change.
+PAIRS_OF = "reference num_trajectories pairs_per_state tie_break temperature dtype window_steps micro_batch_size"
 MEANS = ("losses/dpo_loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
@@ -297,7 +299,7 @@ def main(args: Args):
 
     device = runs.setup_ranks(args.device)
     rank, world_size = runs.rank_and_world_size()
-    torch.set_num_threads(max(1, args.torch_threads // world_size))
+    torch.set_num_threads(max(1, args.torch_threads // runs.ranks_here()))
     runs.seed_everything(args.seed)
     run_dir = args.resume or f"runs/{args.name or time.strftime(f'dpo_vla-{args.task}-{args.seed}-%Y%m%d-%H%M%S')}"
     run_dir = Path(runs.gather_over_ranks(run_dir)[0])
@@ -318,14 +320,14 @@ def main(args: Args):
     progress["start_is_base"] = args.lora_rank > 0 and model.source.adapter is None
     if checkpoint:
         state = runs.load_training_state(checkpoint, device)
-        optimizer.load_state_dict(state["optimizer"])
+        runs.load_optimizer(optimizer, state["optimizer"])
         progress = state["progress"]
 
     # --- environments, logger, checkpoints, evaluation ---
     envs = make_envs(
         args.task, args.split, args.num_envs // world_size, args.assets, args.image_size, args.sim_freq,
         args.solver_iterations, args.max_episode_steps, args.fidelity, args.shader_pack, device=args.sim_device,
-        num_workers=args.num_workers or max(1, len(os.sched_getaffinity(0)) // world_size),
+        num_workers=args.num_workers or max(1, len(os.sched_getaffinity(0)) // runs.ranks_here()),
     )  # fmt: skip
     batch_size = args.num_envs * args.num_steps  # of all ranks
     logger = logs.Logger(run_dir, asdict(args), args.track, progress["iteration"] * batch_size, enabled=rank == 0)
@@ -333,7 +335,7 @@ def main(args: Args):
         size = sum(p.numel() for p in params.values()) / 1e6
         print(f"{run_dir} | {checkpoint or model_name} on {device}, {args.dtype}, trains {size:.2f} M weights")
         print(f"{args.num_envs} environments {args.image_size}, {args.assets} pack, {args.sim_device} simulation")
-        runs.stop_on_signals(f"the last checkpoint is kept, continue with: python {sys.argv[0]} --resume {run_dir}")
+        runs.stop_on_signals(f"the last checkpoint, if any, is kept: python {sys.argv[0]} --resume {run_dir}")
 
     def save(kind):
         if rank == 0:
@@ -363,7 +365,10 @@ def main(args: Args):
         start, path = time.time(), run_dir / "pairs" / f"{iteration:06d}.npz"
         if rank == 0:  # what an earlier attempt collected beyond this iteration need not be this policy's
             pairs.remove(path.parent, 0 if args.keep_pairs == 0 else iteration - args.keep_pairs, iteration)
-        data = pairs.load_pairs(path) if path.exists() else collect(model, envs, args, iteration, unnorm_key)
+        made_with = str([getattr(args, key) for key in PAIRS_OF.split()])
+        data = pairs.load_pairs(path) if path.exists() else {}
+        if data.get("made_with") != made_with:  # a new round, or one that was begun with other flags
+            data = collect(model, envs, args, iteration, unnorm_key) | {"made_with": np.array(made_with)}
         batch = {"images": torch.from_numpy(pairs.decode_frames(data)), "instructions": data["instructions"].tolist()}
         batch["action_tokens"] = torch.from_numpy(data["action_tokens"])
         if "ref_logprobs" not in data:  # scored once, then stored

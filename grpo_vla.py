@@ -45,7 +45,7 @@ class Args:
     dry_run: bool = False  # print the plan with a memory estimate, and leave
     # environment
     task: str = "main"  # a row of common/tasks.py; evaluation during training is on the same task
-    split: Literal["train", "test", "all"] = "train"  # its configurations
+    split: Literal["train", "test"] = "train"  # its configurations
     episode_ids: tuple[int, ...] = ()  # train and evaluate on these alone: a check of the algorithm; empty = all [D]
     assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
     num_envs: int = 64  # over all ranks [P]
@@ -98,7 +98,7 @@ class Args:
     target_kl: float | None = None  # a minibatch beyond it is dropped and ends the update; [P] none
     ratio_level: Literal["action", "token"] = "action"  # one ratio per step [P], or one per token
     recompute_logprobs: bool = False  # old log-probs by the update's own forward (bfloat16); always so at token level
-    ratio_tolerance: float = 0.01  # largest |ratio - 1| before the first update; beyond it the run stops [D]
+    ratio_tolerance: float = 0.01  # 99th percentile of |ratio - 1| before the first update; beyond it the run stops [D]
 
 
 PRESETS = {
@@ -106,9 +106,10 @@ PRESETS = {
     "paper": Args(
         preset="paper", assets="bridge", max_episode_steps=80, image_size=(640, 480), sim_freq=500,
         solver_iterations=15, fidelity="published", shader_pack="default", sim_device="cuda",
-        model="openvla/openvla-7b", unnorm_key="bridge_orig", dtype="bfloat16", lora_rank=32, freeze_vision=False,
-        num_iterations=391, num_steps=80, group_size=64, same_state=False, advantage="stepwise", num_minibatches=32,
-        anneal_lr=False, micro_batch_size=8, clip_high=0.2, pg_coef=7.0, recompute_logprobs=True, ratio_tolerance=0.5,
+        model="gen-robot/openvla-7b-rlvla-warmup", unnorm_key="bridge_orig", dtype="bfloat16", lora_rank=32,
+        freeze_vision=False, num_iterations=391, num_steps=80, group_size=64, same_state=False, advantage="stepwise",
+        num_minibatches=32, anneal_lr=False, micro_batch_size=8, clip_high=0.2, pg_coef=7.0, recompute_logprobs=True,
+        ratio_tolerance=0.5,
     ),
 }  # fmt: skip
 
@@ -118,7 +119,7 @@ def check_args(args):
     positive = "num_iterations update_epochs micro_batch_size checkpoint_every torch_threads temperature".split()
     positive = {name: getattr(args, name) for name in positive}
     runs.check_rollout(args.num_envs, args.num_steps, args.max_episode_steps, args.num_minibatches, **positive)
-    runs.check_run(args.name, args.resume, args.track)
+    runs.check_run(args)
     if args.group_size < 2 or args.num_envs % args.group_size:
         raise ValueError(f"group_size = {args.group_size} must divide num_envs = {args.num_envs} and be >= 2; use 8")
     if not 0 <= (low := args.filter_low) <= (high := args.filter_high) <= 1:
@@ -211,12 +212,12 @@ def update(model, optimizer, batch, args, rng, run_dir):
         with torch.no_grad():
             old_logprobs = torch.cat([score(rows)[0] for rows in torch.arange(num_rows).split(args.micro_batch_size)])
 
-    history, grad_norms, gap = [], [], 0.0
+    history, grad_norms, gaps = [], [], []
     for number, mb_inds in enumerate(mb_inds for epoch in epochs for mb_inds in epoch):
         minibatch_size, mb_inds = len(mb_inds), row_of[mb_inds]
         mb_inds = torch.as_tensor(mb_inds[mb_inds >= 0])  # this rank's part
         optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(len(STATS), device=old_logprobs.device)
+        sums = torch.zeros(len(STATS) + 1, device=old_logprobs.device)  # the last one counts
         for start in range(0, len(mb_inds), args.micro_batch_size):
             rows = mb_inds[start : start + args.micro_batch_size]
             logprobs, entropies, _ = score(rows)
@@ -230,23 +231,23 @@ def update(model, optimizer, batch, args, rng, run_dir):
                 r = ratios.reshape(len(rows), -1)
                 kls = -r.log().sum(1), (r - 1 - r.log()).sum(1)  # Schulman 2020: k1 is unbiased, k3 is never negative
                 clipped = ((r < 1 - args.clip_low) | (r > 1 + args.clip_high)).float().mean(1)
-                sums += torch.stack([x.sum() for x in (weights * pg_losses, ref_kls, entropies, *kls, clipped)])
+                stats = weights * pg_losses, ref_kls, entropies, *kls, clipped, torch.ones_like(clipped)
+                sums += torch.stack([x.sum() for x in stats])
                 if number == 0:
-                    gap = max(gap, ((joint - batch["logprobs"][rows]).exp() - 1).abs().max().item())
+                    gaps += ((joint - batch["logprobs"][rows]).exp() - 1).abs().tolist()
             if not torch.isfinite(loss):
                 runs.stop_non_finite(run_dir, "loss", batch, rows)
             if args.target_kl is not None and sums[4] / minibatch_size > args.target_kl:
                 break  # the rest of the minibatch can only add to k3: no backward
             loss.backward()
-        sums = runs.sum_over_ranks(sums) / minibatch_size
-        history.append(sums)
-        gap = max(runs.gather_over_ranks(gap)) if number == 0 else gap
-        if gap > args.ratio_tolerance:
+        sums = runs.sum_over_ranks(sums)
+        history.append(sums[:-1] / sums[-1])  # of what was scored before the KL guard, mostly all
+        if number == 0 and (gap := np.quantile(sum(runs.gather_over_ranks(gaps), []), 0.99)) > args.ratio_tolerance:
             raise RuntimeError(
                 f"|ratio - 1| = {gap:.1e} before the first update exceeds ratio_tolerance = {args.ratio_tolerance}: act"
                 " and evaluate disagree; use float32, or for bfloat16 --recompute-logprobs and a higher tolerance"
             )
-        if args.target_kl is not None and sums[4] > args.target_kl:
+        if args.target_kl is not None and sums[4] / minibatch_size > args.target_kl:
             break  # the same sum on every rank; this minibatch is dropped
         runs.sum_gradients(parameters)
         grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item())
@@ -276,7 +277,7 @@ def main(args: Args):
 
     device = runs.setup_ranks(args.device)
     rank, world_size = runs.rank_and_world_size()
-    torch.set_num_threads(max(1, args.torch_threads // world_size))
+    torch.set_num_threads(max(1, args.torch_threads // runs.ranks_here()))
     runs.seed_everything(args.seed)
     run_dir = args.resume or f"runs/{args.name or time.strftime(f'grpo_vla-{args.task}-{args.seed}-%Y%m%d-%H%M%S')}"
     run_dir = Path(runs.gather_over_ranks(run_dir)[0])
@@ -298,7 +299,7 @@ def main(args: Args):
     progress["start"] = model_name, args.adapter or None, args.seed  # the reference of a resumed run too
     if checkpoint:
         state = runs.load_training_state(checkpoint, device)
-        optimizer.load_state_dict(state["optimizer"])
+        runs.load_optimizer(optimizer, state["optimizer"])
         progress = state["progress"]
     reference = runs.start_policy(model, *progress["start"]) if args.kl_coef > 0 else None
 
@@ -308,7 +309,7 @@ def main(args: Args):
     envs = make_envs(
         args.task, args.split, num_envs, args.assets, args.image_size, args.sim_freq, args.solver_iterations,
         args.max_episode_steps, args.fidelity, args.shader_pack, device=args.sim_device,
-        num_workers=args.num_workers or max(1, len(os.sched_getaffinity(0)) // world_size),
+        num_workers=args.num_workers or max(1, len(os.sched_getaffinity(0)) // runs.ranks_here()),
     )  # fmt: skip
     batch_size = args.num_envs * args.num_steps  # of all ranks
     logger = logs.Logger(run_dir, asdict(args), args.track, progress["iteration"] * batch_size, enabled=rank == 0)
@@ -316,7 +317,7 @@ def main(args: Args):
         sizes = ", ".join(f"{sum(p.numel() for p in group) / 1e6:.2f} M {name}" for name, group in params.items())
         print(f"{run_dir} | {checkpoint or model_name} on {device}, {args.dtype}, trains {sizes} weights")
         print(f"{args.num_envs} environments {args.image_size}, {args.assets} pack, {args.sim_device} simulation")
-        runs.stop_on_signals(f"the last checkpoint is kept, continue with: python {sys.argv[0]} --resume {run_dir}")
+        runs.stop_on_signals(f"the last checkpoint, if any, is kept: python {sys.argv[0]} --resume {run_dir}")
 
     def save(kind):
         if rank == 0:

@@ -52,7 +52,7 @@ class Args:
     dry_run: bool = False  # print the plan with a memory estimate, and leave
     # environment
     task: str = "main"  # a row of common/tasks.py; evaluation during training is on the same task
-    split: Literal["train", "test", "all"] = "train"  # its configurations
+    split: Literal["train", "test"] = "train"  # its configurations
     episode_ids: tuple[int, ...] = ()  # train and evaluate on these alone: a check of the algorithm; empty = all [D]
     assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
     num_envs: int = 64  # over all ranks [P]
@@ -99,16 +99,16 @@ class Args:
     micro_batch_size: int = 128  # samples per forward; only memory and speed depend on it; [P] 8
     norm_adv: bool = True  # advantages to mean 0, std 1 once per rollout, over all ranks [P]
     clip_coef: float = 0.2  # of the ratio [P]
-    value_clip_coef: float = 0.2  # of the value's move; 0 = no clipping [P]
+    value_clip_coef: float = 0.2  # of the value's move, 0 = no clipping; a state critic's is not clipped [P]
     huber_delta: float = 10.0  # of the value loss [P]
     pg_coef: float = 1.0  # of the policy loss; [P] 7 by a broadcast, 1 in the text
-    vf_coef: float = 1.0  # of the value loss [P]
+    vf_coef: float = 1.0  # of the value loss, where policy and value share weights [P]
     ent_coef: float = 0.0  # of the entropy bonus, nats per token [P]
-    max_grad_norm: float = 10.0  # joint over policy and value [P]
+    max_grad_norm: float = 10.0  # joint over policy and value, without a state critic's [P]
     target_kl: float | None = None  # a minibatch beyond it is dropped and ends the update; [P] none
     ratio_level: Literal["action", "token"] = "action"  # one ratio per step [P], or one per token
     recompute_logprobs: bool = False  # old log-probs by the update's own forward (bfloat16); always so at token level
-    ratio_tolerance: float = 0.01  # largest |ratio - 1| before the first update; beyond it the run stops [D]
+    ratio_tolerance: float = 0.01  # 99th percentile of |ratio - 1| before the first update; beyond it the run stops [D]
 
 
 PRESETS = {
@@ -116,10 +116,10 @@ PRESETS = {
     "paper": Args(
         preset="paper", assets="bridge", max_episode_steps=80, image_size=(640, 480), sim_freq=500,
         solver_iterations=15, fidelity="published", shader_pack="default", sim_device="cuda",
-        model="openvla/openvla-7b", unnorm_key="bridge_orig", dtype="bfloat16", lora_rank=32, freeze_vision=False,
-        num_iterations=391, num_steps=80, reset_after_success=0, value_input="h0", value_warmup_iterations=0,
-        anneal_lr=False, value_learning_rate=3e-3, gae_lambda=0.95, num_minibatches=32, micro_batch_size=8,
-        pg_coef=7.0, recompute_logprobs=True, ratio_tolerance=0.5,
+        model="gen-robot/openvla-7b-rlvla-warmup", unnorm_key="bridge_orig", dtype="bfloat16", lora_rank=32,
+        freeze_vision=False, num_iterations=391, num_steps=80, reset_after_success=0, value_input="h0",
+        value_warmup_iterations=0, anneal_lr=False, value_learning_rate=3e-3, gae_lambda=0.95, num_minibatches=32,
+        micro_batch_size=8, pg_coef=7.0, recompute_logprobs=True, ratio_tolerance=0.5,
     ),
 }  # fmt: skip
 
@@ -129,7 +129,7 @@ def check_args(args):
     positive = "num_iterations update_epochs value_epochs micro_batch_size checkpoint_every torch_threads temperature"
     positive = {name: getattr(args, name) for name in positive.split()}
     runs.check_rollout(args.num_envs, args.num_steps, args.max_episode_steps, args.num_minibatches, **positive)
-    runs.check_run(args.name, args.resume, args.track)
+    runs.check_run(args)
     if args.value_input == "state" and args.separate_critic:
         raise ValueError("separate_critic = True copies the backbone, value_input = 'state' needs none; use 'h0'")
     if args.reset_after_success < 0:
@@ -199,7 +199,7 @@ def value_loss(values, old_values, returns, value_clip_coef, huber_delta):
 STATS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
 
 
-def update_critic(critic, optimizer, batch, args, rng):
+def update_critic(critic, optimizer, batch, args, rng, run_dir):
     """`value_epochs` passes of a state critic over one rollout; `batch`, `rng` and minibatches as in `update`.
 
     Returns: dict with losses/value_loss, the mean of the last pass.
@@ -214,8 +214,10 @@ def update_critic(critic, optimizer, batch, args, rng):
             loss = value_loss(values, old_values, returns, 0.0, args.huber_delta).sum() / minibatch_size
             loss.backward()
             runs.sum_gradients(parameters)
-            optimizer.step()
             history.append(runs.sum_over_ranks(loss.detach()).item())
+            if not np.isfinite(history[-1]):
+                runs.stop_non_finite(run_dir, "value loss", batch, rows)
+            optimizer.step()
     return {"losses/value_loss": np.mean(history)}
 
 
@@ -244,10 +246,10 @@ def update(model, optimizer, batch, args, rng, run_dir):
         with torch.no_grad():
             old_logprobs = torch.cat([score(rows)[0] for rows in torch.arange(num_rows).split(args.micro_batch_size)])
 
-    history, grad_norms, gap = [], [], 0.0
+    history, grad_norms, gaps = [], [], []
     for number, mb_inds in enumerate(mb_inds for epoch in epochs for mb_inds in epoch):  # this rank's part of each
         optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(len(STATS), device=old_logprobs.device)
+        sums = torch.zeros(len(STATS) + 1, device=old_logprobs.device)  # the last one counts
         for start in range(0, len(mb_inds), args.micro_batch_size):
             rows = mb_inds[start : start + args.micro_batch_size]
             logprobs, entropies, values = score(rows)
@@ -260,25 +262,25 @@ def update(model, optimizer, batch, args, rng, run_dir):
                 r = ratios.reshape(len(rows), -1)
                 kls = -r.log().sum(1), (r - 1 - r.log()).sum(1)  # Schulman 2020: k1 is unbiased, k3 is never negative
                 clipped = ((r - 1).abs() > args.clip_coef).float().mean(1)
-                sums += torch.stack([x.sum() for x in (pg_losses, v_losses, entropies, *kls, clipped)])
+                stats = pg_losses, v_losses, entropies, *kls, clipped, torch.ones_like(clipped)
+                sums += torch.stack([x.sum() for x in stats])
                 if number == 0:
                     joint = logprobs.sum(1) if token_level else logprobs
-                    gap = max(gap, ((joint - batch["logprobs"][rows]).exp() - 1).abs().max().item())
+                    gaps += ((joint - batch["logprobs"][rows]).exp() - 1).abs().tolist()
             if not torch.isfinite(loss):
                 runs.stop_non_finite(run_dir, "loss", batch, rows)
             if args.target_kl is not None and sums[4] / minibatch_size > args.target_kl:
                 break  # the rest of the minibatch can only add to k3: no backward
             if loss.requires_grad:  # not in the value warm-up of a state critic
                 loss.backward()
-        sums = runs.sum_over_ranks(sums) / minibatch_size
-        history.append(sums)
-        gap = max(runs.gather_over_ranks(gap)) if number == 0 else gap
-        if gap > args.ratio_tolerance:
+        sums = runs.sum_over_ranks(sums)
+        history.append(sums[:-1] / sums[-1])  # of what was scored before the KL guard, mostly all
+        if number == 0 and (gap := np.quantile(sum(runs.gather_over_ranks(gaps), []), 0.99)) > args.ratio_tolerance:
             raise RuntimeError(
                 f"|ratio - 1| = {gap:.1e} before the first update exceeds ratio_tolerance = {args.ratio_tolerance}: act"
                 " and evaluate disagree; use float32, or for bfloat16 --recompute-logprobs and a higher tolerance"
             )
-        if args.target_kl is not None and sums[4] > args.target_kl:
+        if args.target_kl is not None and sums[4] / minibatch_size > args.target_kl:
             break  # the same sum on every rank; this minibatch is dropped
         runs.sum_gradients(parameters)
         grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item())
@@ -308,7 +310,7 @@ def main(args: Args):
 
     device = runs.setup_ranks(args.device)
     rank, world_size = runs.rank_and_world_size()
-    torch.set_num_threads(max(1, args.torch_threads // world_size))
+    torch.set_num_threads(max(1, args.torch_threads // runs.ranks_here()))
     runs.seed_everything(args.seed)
     run_dir = args.resume or f"runs/{args.name or time.strftime(f'ppo_vla-{args.task}-{args.seed}-%Y%m%d-%H%M%S')}"
     run_dir = Path(runs.gather_over_ranks(run_dir)[0])
@@ -329,7 +331,7 @@ def main(args: Args):
     progress = {"iteration": 0, "seconds": 0.0, "evaluations": []}  # evaluations: success at end on the paired list
     if checkpoint:
         state = runs.load_training_state(checkpoint, device)
-        optimizer.load_state_dict(state["optimizer"])
+        runs.load_optimizer(optimizer, state["optimizer"])
         progress = state["progress"]
 
     # --- environments, logger, checkpoints, evaluation ---
@@ -338,7 +340,7 @@ def main(args: Args):
     envs = make_envs(
         args.task, args.split, num_envs, args.assets, args.image_size, args.sim_freq, args.solver_iterations,
         args.max_episode_steps, args.fidelity, args.shader_pack, device=args.sim_device,
-        num_workers=args.num_workers or max(1, len(os.sched_getaffinity(0)) // world_size),
+        num_workers=args.num_workers or max(1, len(os.sched_getaffinity(0)) // runs.ranks_here()),
     )  # fmt: skip
     batch_size = args.num_envs * args.num_steps  # of all ranks
     logger = logs.Logger(run_dir, asdict(args), args.track, progress["iteration"] * batch_size, enabled=rank == 0)
@@ -346,7 +348,7 @@ def main(args: Args):
         sizes = ", ".join(f"{sum(p.numel() for p in group) / 1e6:.2f} M {name}" for name, group in params.items())
         print(f"{run_dir} | {checkpoint or model_name} on {device}, {args.dtype}, trains {sizes} weights")
         print(f"{args.num_envs} environments {args.image_size}, {args.assets} pack, {args.sim_device} simulation")
-        runs.stop_on_signals(f"the last checkpoint is kept, continue with: python {sys.argv[0]} --resume {run_dir}")
+        runs.stop_on_signals(f"the last checkpoint, if any, is kept: python {sys.argv[0]} --resume {run_dir}")
 
     def save(kind):
         if rank == 0:
@@ -370,6 +372,8 @@ def main(args: Args):
     for iteration in range(progress["iteration"] + 1, args.num_iterations + 1):
         # --- rollout ---
         start = time.time()
+        for parameter in params["policy"]:
+            parameter.requires_grad_(iteration > args.value_warmup_iterations)
         rngs = [np.random.default_rng((args.seed, iteration, number)) for number in env_numbers]
         generators = [torch.Generator().manual_seed(int(rng.integers(2**62))) for rng in rngs]
         draw = lambda rng: training_ids(args.task, args.split, 1, rng, args.fidelity, args.episode_ids)  # noqa: E731
@@ -416,8 +420,6 @@ def main(args: Args):
         # --- update ---
         for group, lr in zip(optimizer.param_groups, learning_rates.values(), strict=True):
             group["lr"] = lr * (1 - (iteration - 1) / args.num_iterations) if args.anneal_lr else lr
-        for parameter in params["policy"]:
-            parameter.requires_grad_(iteration > args.value_warmup_iterations)
         batch = {
             "images": torch.cat(obs),  # row t * N + n, as in all below
             "instructions": texts,
@@ -431,7 +433,7 @@ def main(args: Args):
         rng = np.random.default_rng((args.seed, iteration, args.num_envs))  # beyond the environments' numbers
         batch |= {"states": torch.cat(states)} if critic else {}
         metrics = update(model, optimizer, batch, args, rng, run_dir)
-        metrics |= update_critic(critic, optimizer, batch, args, rng) if critic else {}
+        metrics |= update_critic(critic, optimizer, batch, args, rng, run_dir) if critic else {}
         update_s = time.time() - start - rollout_s
 
         # --- metrics ---

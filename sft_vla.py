@@ -2,8 +2,8 @@
 
     python -m common.demos --num-demos 1000 --output demos/main    # expert demonstrations
     python sft_vla.py --demos demos/main                           # small model, embedded assets, any CPU
-    python sft_vla.py --preset warmup --demos demos/warmup         # OpenVLA-7B, the start of PPO
-    python sft_vla.py --preset baseline --adapter runs/WARMUP/checkpoint-000020    # PPO's opponent, from the warm-up
+    python sft_vla.py --preset warmup --demos demos/bridge-single  # OpenVLA-7B, the start of PPO
+    python sft_vla.py --preset baseline --demos demos/bridge-main --adapter runs/WARMUP/checkpoint-000020  # its rival
     torchrun --nproc-per-node 2 sft_vla.py --demos demos/main      # the same update, minibatches split over ranks
     python sft_vla.py --resume runs/NAME                           # continues exactly
 
@@ -42,13 +42,13 @@ class Args:
     preset: Literal["default", "warmup", "baseline"] = "default"  # embedded small model, or OpenVLA-7B as in the paper
     name: str = ""  # run directory runs/NAME; empty = sft_vla-TASK-SEED-TIME
     resume: str = ""  # run directory to continue exactly; its Args become the defaults
-    seed: int = 1  # weights of `--model tiny`, validation split, minibatches, augmentation
+    seed: int = 1  # weights of `--model tiny`, minibatches, augmentation
     device: str = "auto"  # of the model: cpu, cuda, or auto
     torch_threads: int = 2  # CPU threads of the model, over all ranks
     track: bool = False  # log to Weights & Biases too
     # environment: only for evaluations
     task: str = "main"  # a row of common/tasks.py
-    split: Literal["train", "test", "all"] = "train"  # its configurations
+    split: Literal["train", "test"] = "train"  # its configurations
     assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
     num_envs: int = 32  # over all ranks
     max_episode_steps: int = 40  # control steps of 0.2 s; the expert needs 26; [P] 80 [M]
@@ -77,7 +77,7 @@ class Args:
     # algorithm
     demos: tuple[str, ...] = ("demos/main",)  # directories of common/demos.py, mixed by their sizes
     num_demos: int = 0  # the first so many of each directory; 0 = all
-    val_demos: int = 20  # episodes kept for validation; [P] 16
+    val_demos: int = 20  # episodes kept for validation, the last ones of each directory; [P] 16
     drop_idle: Literal["none", "still", "published"] = "still"  # steps left out [M]; [P] none, published
     statistics: Literal["symmetric", "quantiles", "model"] = "symmetric"  # of the data, or those of the model kept
     num_iterations: int = 10  # of num_updates optimizer steps each
@@ -101,10 +101,11 @@ PAPER = dict(
 PRESETS = {
     "default": Args(),
     "warmup": Args(preset="warmup", **PAPER, num_iterations=20, augment=True),
-    "baseline": Args(
-        preset="baseline", **PAPER | {"drop_idle": "published"}, num_iterations=600, eval_every=50, merge_adapter=True
+    "baseline": Args(  # checkpoints hold the merged weights too, 15 GB
+        preset="baseline", **PAPER | {"drop_idle": "published"}, num_iterations=600, eval_every=50, checkpoint_every=50,
+        merge_adapter=True,
     ),
-}
+}  # fmt: skip
 
 
 def check_args(args):
@@ -115,14 +116,15 @@ def check_args(args):
             raise ValueError(f"{name} = {value} must be > 0; use {getattr(Args, name)}")
         if name in ("batch_size", "num_envs") and value % ranks:
             raise ValueError(f"{name} = {value} must be a multiple of the {ranks} ranks; use {32 * ranks}")
-    if args.name and not args.resume and any(Path("runs", args.name).glob("checkpoint-*")):
-        fix = f"use --resume runs/{args.name} or another --name"
-        raise ValueError(f"runs/{args.name} holds a run, which is never overwritten; {fix}")
+    runs.check_run(args)
+    if args.merge_adapter and not (args.adapter or args.resume or Path(args.model, "adapter_config.json").is_file()):
+        raise ValueError("merge_adapter = True needs the adapter that is merged; use --adapter, or --no-merge-adapter")
 
 
 def load_data(args, model):
-    """Training and validation samples, dicts of rows: images (uint8, as the model sees them), instructions, actions
-    (float32), action_tokens; and the unnorm_key. Replaces the model's action statistics unless they are kept."""
+    """Samples, a dict of rows: images (uint8, as the model sees them), instructions, actions (float32), action_tokens;
+    the rows of training and of validation, and the unnorm_key. Replaces the model's action statistics unless they are
+    kept. Validation: whole episodes, the last of each directory; their configurations are not trained on."""
 
     def fit(images):  # (T, H, W, 3) uint8, any size -> (T, h, w, 3) uint8
         images = model.fit_images(images).cpu()
@@ -130,7 +132,8 @@ def load_data(args, model):
 
     demos = load_demos(args.demos, fit, args.num_demos or None, args.drop_idle)
     for path, settings in zip(args.demos, demos.settings, strict=True):
-        for key, here in (("assets", args.assets), ("image_size", list(args.image_size))):
+        for key in ("assets", "image_size", "shader_pack"):
+            here = list(args.image_size) if key == "image_size" else getattr(args, key)
             if settings[key] != here:
                 raise ValueError(f"{path} was recorded with {key} = {settings[key]}, this run has {here}; change one")
     if args.val_demos >= (num_demos := len(demos.instructions)):
@@ -139,12 +142,17 @@ def load_data(args, model):
         statistics = demos.statistics if args.statistics == "symmetric" else action_statistics(demos.actions, None)
         model.norm_stats.clear()
         model.norm_stats[args.unnorm_key] = {"action": statistics, "assets": args.assets}
-    unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key if args.statistics != "model" else "", args.assets)
+    key = args.unnorm_key if args.statistics != "model" or args.unnorm_key in model.norm_stats else ""
+    unnorm_key = runs.choose_key(model.norm_stats, key, args.assets)
     data = {"images": demos.images, "actions": torch.as_tensor(demos.actions)}
     data["instructions"] = [demos.instructions[episode] for episode in demos.episodes]
     data["action_tokens"] = model.tokens_from_actions(demos.actions, unnorm_key)
-    first = int(np.searchsorted(demos.episodes, num_demos - args.val_demos))  # the last episodes are for validation
-    return {k: v[:first] for k, v in data.items()}, {k: v[first:] for k, v in data.items()}, unnorm_key
+    sources = [(settings["task"], settings["split"]) for settings in demos.settings]
+    scenes = np.array([f"{sources[k]} {id}" for k, id in zip(demos.sources, demos.episode_ids, strict=True)])
+    to_the_end = np.searchsorted(demos.sources, demos.sources, side="right") - np.arange(num_demos)
+    val = np.argsort(to_the_end, kind="stable")[: args.val_demos]
+    train = np.flatnonzero(~np.isin(scenes, scenes[val]))
+    return data, *(torch.as_tensor(np.flatnonzero(np.isin(demos.episodes, part))) for part in (train, val)), unnorm_key
 
 
 # --- loss ---
@@ -180,9 +188,9 @@ def cross_entropy(model, data, rows, images):
 
 
 @torch.no_grad()
-def validate(model, data, unnorm_key, micro_batch_size, max_rows):
+def validate(model, data, rows, unnorm_key, micro_batch_size, max_rows):
     """Metrics of at most `max_rows` evenly spread rows; tokens are greedy and autoregressive, as in an episode."""
-    rows = torch.linspace(0, len(data["actions"]) - 1, min(max_rows, len(data["actions"]))).long()
+    rows = rows[torch.linspace(0, len(rows) - 1, min(max_rows, len(rows))).long()]
     losses, tokens = [], []
     for part in rows.split(micro_batch_size):
         images = data["images"][part]
@@ -199,10 +207,10 @@ def validate(model, data, unnorm_key, micro_batch_size, max_rows):
     }
 
 
-def update(model, optimizer, data, number, args, run_dir):
-    """Optimizer step `number`, its minibatch spread over all ranks. Returns: nats per token, gradient norm."""
+def update(model, optimizer, data, rows, number, args, run_dir):
+    """Optimizer step `number` on `rows`, a minibatch spread over all ranks. Returns: nats per token, gradient norm."""
     rank, world_size = runs.rank_and_world_size()
-    rows = minibatch(number, len(data["actions"]), args.batch_size, args.seed)
+    rows = rows[minibatch(number, len(rows), args.batch_size, args.seed)]
     images = data["images"][rows]
     if args.augment:  # before the split, so that any number of ranks sees the same
         images = augment(images, torch.Generator().manual_seed(args.seed * 2**32 + number))
@@ -229,14 +237,15 @@ def main(args: Args):
     check_args(args)
     pretrained = "checkpoints/tiny-pretrained"
     model_name = args.model or (pretrained if Path(pretrained).is_dir() else "tiny")
-    rendering = args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
-    check_env_args(args.task, args.split, args.assets, *rendering)
-    check_renderer("gpu" if args.sim_device == "cuda" else "cpu")
+    if args.eval_every:
+        rendering = args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
+        check_env_args(args.task, args.split, args.assets, *rendering)
+        check_renderer("gpu" if args.sim_device == "cuda" else "cpu")
     from common.vla import load_vla, save_vla  # 4 s that bad input and the simulator's processes need not wait for
 
     device = runs.setup_ranks(args.device)
     rank, world_size = runs.rank_and_world_size()
-    torch.set_num_threads(max(1, args.torch_threads // world_size))
+    torch.set_num_threads(max(1, args.torch_threads // runs.ranks_here()))
     runs.seed_everything(args.seed)
     run_dir = args.resume or f"runs/{args.name or time.strftime(f'sft_vla-{args.task}-{args.seed}-%Y%m%d-%H%M%S')}"
     run_dir = Path(runs.gather_over_ranks(run_dir)[0])
@@ -249,27 +258,31 @@ def main(args: Args):
         merge_adapter=args.merge_adapter and not checkpoint,
     )  # fmt: skip
     model.backbone.activation_checkpointing = args.activation_checkpointing
-    data, val_data, unnorm_key = load_data(args, model)
+    data, train_rows, val_rows, unnorm_key = load_data(args, model)
     params = model.trainable_parameters()["policy"]
     optimizer = torch.optim.AdamW(params, lr=args.learning_rate, weight_decay=args.weight_decay)
     progress = {"iteration": 0, "seconds": 0.0, "evaluations": []}  # evaluations: success at end on the paired list
+    progress["samples"] = [len(train_rows), len(val_rows)]
     if checkpoint:
         state = runs.load_training_state(checkpoint, device)
-        optimizer.load_state_dict(state["optimizer"])
+        runs.load_optimizer(optimizer, state["optimizer"])
+        if (now := progress["samples"]) != (then := state["progress"]["samples"]):
+            fix = "give --num-demos, or start a new run"
+            raise ValueError(f"{args.demos} give {now} samples to train and validate, the run had {then}; {fix}")
         progress = state["progress"]
 
     # --- environments, logger, checkpoints, evaluation ---
     envs = make_envs(
         args.task, args.split, args.num_envs // world_size, args.assets, args.image_size, args.sim_freq,
         args.solver_iterations, args.max_episode_steps, args.fidelity, args.shader_pack, device=args.sim_device,
-        num_workers=args.num_workers or max(1, len(os.sched_getaffinity(0)) // world_size),
+        num_workers=args.num_workers or max(1, len(os.sched_getaffinity(0)) // runs.ranks_here()),
     ) if args.eval_every else None  # fmt: skip
     logger = logs.Logger(run_dir, asdict(args), args.track, progress["iteration"] * args.num_updates, enabled=rank == 0)
     last_update = args.num_iterations * args.num_updates
     if rank == 0:
         print(f"{run_dir} | {checkpoint or model_name} on {device}, {args.dtype}, trains {len(params)} tensors")
-        print(f"{len(data['actions'])} samples, {len(val_data['actions'])} for validation, {args.assets} assets")
-        runs.stop_on_signals(f"the last checkpoint is kept, continue with: python {sys.argv[0]} --resume {run_dir}")
+        print(f"{len(train_rows)} samples, {len(val_rows)} for validation, {args.assets} assets")
+        runs.stop_on_signals(f"the last checkpoint, if any, is kept: python {sys.argv[0]} --resume {run_dir}")
 
     shown = "losses/cross_entropy val/cross_entropy val/token_accuracy val/l1_xyz_mm".split()
     shown.append(f"eval/{args.task}/success_at_end")
@@ -288,6 +301,9 @@ def main(args: Args):
             save("best")
         return metrics
 
+    if not checkpoint:
+        save("checkpoint")
+
     for iteration in range(progress["iteration"] + 1, args.num_iterations + 1):
         # --- update ---
         start, history = time.time(), []
@@ -295,13 +311,13 @@ def main(args: Args):
             decay = 0.5 + 0.5 * float(np.cos(np.pi * number / last_update)) if args.lr_schedule == "cosine" else 1.0
             lr = args.learning_rate * decay * min(1.0, (number + 1) / max(1, args.warmup_updates))
             optimizer.param_groups[0]["lr"] = lr
-            history.append(update(model, optimizer, data, number, args, run_dir))
+            history.append(update(model, optimizer, data, train_rows, number, args, run_dir))
         update_s = time.time() - start
 
         # --- metrics ---
         metrics = dict(zip(("losses/cross_entropy", "losses/grad_norm"), np.mean(history, axis=0), strict=True))
-        for name, part, most in (("train", data, 256), ("val", val_data, 1024)):
-            measured = validate(model, part, unnorm_key, args.micro_batch_size, most)
+        for name, rows, most in (("train", train_rows, 256), ("val", val_rows, 1024)):
+            measured = validate(model, data, rows, unnorm_key, args.micro_batch_size, most)
             metrics |= {f"{name}/{key}": value for key, value in measured.items()}
         metrics |= {"charts/iteration": iteration, "charts/learning_rate": lr, "time/update_s": update_s}
         metrics |= {"charts/samples_per_s": args.num_updates * args.batch_size / update_s, **logs.peak_memory()}

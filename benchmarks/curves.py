@@ -33,7 +33,8 @@ def main(groups: tyro.conf.Positional[tuple[str, ...]], output: str = "docs/imag
     Args:
         groups: LABEL=RUN,RUN,...: directories with metrics.jsonl, one per seed.
         output: the figure. Left: episodes of training at the rollout's temperature, each seed and their mean over 5
-            iterations. Right: the paired evaluation list at temperature 0.6, seeds pooled, Wilson 95 %.
+            iterations. Right: the mean of the seeds on the paired evaluation list at temperature 0.6; Wilson 95 % of
+            one list, because seeds share its episodes. How much seeds differ it does not show: the left side does.
         task: that of the evaluation.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
@@ -47,7 +48,7 @@ def main(groups: tyro.conf.Positional[tuple[str, ...]], output: str = "docs/imag
             left.plot(steps, values, color=color, alpha=0.15, linewidth=0.8)
             left.plot(steps, smooth, color=color, label=label if k == 0 else None)
         curves = [read(run, f"eval/{task}/success_at_end") for run in runs]
-        episodes = sum(read(run, f"eval/{task}/episodes")[1][0] for run in runs)
+        episodes = read(runs[0], f"eval/{task}/episodes")[1][0]
         common = sorted(set.intersection(*(set(steps) for steps, _ in curves)))
         mean = np.array([np.mean([dict(curve.T)[step] for curve in curves]) for step in common])
         low, high = np.array([wilson(p * episodes, episodes) for p in mean]).T

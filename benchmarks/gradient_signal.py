@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.critic import state_features
 from common.evaluate import training_ids
 from common.vec_env import make_envs
+from eval_ood import fingerprint
 from ppo_vla import gae
 
 T = 40  # steps of an episode
@@ -66,7 +67,20 @@ def record(args, model):
             data[name].append(torch.stack(values, dim=1))
         texts += instructions
     envs.close()
-    torch.save({name: torch.cat(values) for name, values in data.items()} | {"instructions": texts}, args.recording)
+    return {name: torch.cat(values) for name, values in data.items()} | {"instructions": texts}
+
+
+def recording(args, model):
+    """`record`'s episodes, made once and then read. ValueError: they are another policy's, or another number."""
+    path = Path(args.recording)
+    made_with = f"{args.model} {fingerprint(args.model)[:8]}, {args.num_episodes} at {args.temperature}, {args.dtype}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(record(args, model) | {"made_with": made_with}, path)
+    data = torch.load(path, weights_only=True)
+    if (found := data.get("made_with")) != made_with:
+        raise ValueError(f"{path} is of {found}, not of {made_with}; remove it or choose another --recording")
+    return data
 
 
 def discounted_returns(rewards):
@@ -111,10 +125,7 @@ def main(args: Args):
         )
     torch.set_num_threads(args.torch_threads)
     model = load_vla(args.model, dtype=getattr(torch, args.dtype), value_head=False, freeze_vision=True)
-    if not Path(args.recording).exists():
-        Path(args.recording).parent.mkdir(parents=True, exist_ok=True)
-        record(args, model)
-    data = torch.load(args.recording, weights_only=True)
+    data = recording(args, model)
     inputs, tokens = data["inputs"].flatten(0, 1), data["action_tokens"].flatten(0, 1)
     texts = np.repeat(data["instructions"], T).tolist()
     rewards = data["rewards"].float().T.contiguous()  # (T, E)

@@ -19,7 +19,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.gradient_signal import T, discounted_returns, fit_critic, record
+from benchmarks.gradient_signal import T, discounted_returns, fit_critic, recording
 from ppo_vla import gae, normalize, policy_loss
 
 
@@ -55,10 +55,7 @@ def main(args: Args):
         raise ValueError(f"settings = {args.settings} must be LR:EPS:EPOCHS:LAMBDA each; use 4e-5:1e-8:1:0.8")
     torch.set_num_threads(args.torch_threads)
     load = lambda: load_vla(args.model, dtype=getattr(torch, args.dtype), value_head=False, freeze_vision=True)  # noqa: E731
-    if not Path(args.recording).exists():
-        Path(args.recording).parent.mkdir(parents=True, exist_ok=True)
-        record(args, load())
-    data = torch.load(args.recording, weights_only=True)
+    data = recording(args, load())
     rewards = data["rewards"].float().T.contiguous()  # (T, E)
     quarter = torch.arange(rewards.shape[1]) % 4
     dones, last = torch.zeros_like(rewards), torch.zeros(rewards.shape[1])

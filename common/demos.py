@@ -36,7 +36,7 @@ class Args:
     output: str = "demos/main"  # directory of trajectory.h5 and .json; an unfinished or smaller set there is continued
     num_demos: int = 100  # successful episodes to store
     task: str = "main"  # a row of common/tasks.py
-    split: Literal["train", "test", "all"] = "train"  # its configurations; those kept for evaluation are never drawn
+    split: Literal["train", "test"] = "train"  # its configurations; those kept for evaluation are never drawn
     seed: int = 0  # of the episode ids and the action noise
     assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
     image_size: tuple[int, int] = (160, 120)  # camera pixels (width, height)
@@ -229,6 +229,7 @@ class Demos:
     episodes: np.ndarray  # (B,) int64 index into `instructions` and `episode_ids`
     instructions: list[str]
     episode_ids: list[int]
+    sources: np.ndarray  # (E,) int64 index into `settings`
     statistics: dict
     settings: list[dict]  # Args of each file
 
@@ -263,7 +264,7 @@ def load_demos(paths, fit=lambda images: images, num_demos=None, drop_idle="none
     Returns `Demos`; its statistics are the file's, computed anew for a mixture or with `drop_idle`.
     Raises FileNotFoundError, or ValueError naming file and key.
     """
-    images, actions, kept, settings = [], [], [], []
+    images, actions, kept, sources, settings = [], [], [], [], []
     paths = [paths] if isinstance(paths, (str, Path)) else paths
     for path in map(Path, paths):
         path = path if path.suffix == ".h5" else path / "trajectory.h5"
@@ -277,6 +278,7 @@ def load_demos(paths, fit=lambda images: images, num_demos=None, drop_idle="none
                 images.append(fit(frames))
                 actions.append(labels)
                 kept.append(entry)
+                sources.append(len(settings) - 1)
     alone = len(paths) == 1 and drop_idle == "none"
     return Demos(
         images=np.concatenate(images) if isinstance(images[0], np.ndarray) else torch.cat(images),
@@ -284,6 +286,7 @@ def load_demos(paths, fit=lambda images: images, num_demos=None, drop_idle="none
         episodes=np.repeat(np.arange(len(actions)), [len(a) for a in actions]),
         instructions=[entry["instruction"] for entry in kept],
         episode_ids=[entry["reset_kwargs"]["options"]["episode_ids"][0] for entry in kept],
+        sources=np.array(sources),
         statistics=header["statistics"]["action"] if alone else action_statistics(np.concatenate(actions)),
         settings=settings,
     )

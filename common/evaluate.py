@@ -44,8 +44,11 @@ def evaluation_ids(task, split, num_episodes, seed=0, fidelity="fixed"):
 
 
 def training_ids(task, split, n, generator, fidelity="fixed", only=()):
-    """(n,) int64 ids drawn uniformly from all that are not held out, so no evaluation list of this or any other task
-    contains them; or from the ids `only`, if any. generator: np.random.Generator."""
+    """(n,) int64 ids drawn uniformly from all that are not held out, so that no evaluation list of this task and split
+    contains them, nor of another task that can draw the same scene (docs/eval_ood.md); or from the ids `only`, if any.
+    generator: np.random.Generator. ValueError for the split "all", which numbers its scenes in another way."""
+    if split == "all":
+        raise ValueError("split = 'all' holds what is evaluated under 'train' and 'test' too; train on one of these")
     if len(only):
         return generator.choice(np.asarray(only, dtype=np.int64), n)
     total = num_configurations(task, split, fidelity)
@@ -58,7 +61,7 @@ def training_ids(task, split, n, generator, fidelity="fixed", only=()):
 # --- episodes ---
 def sampling_policy(model, unnorm_key, temperature, episode_ids, seed=0):
     """policy(images, instructions, rows) for `run_episodes`. Every episode of the list draws from a generator of its
-    own, so its actions do not depend on num_envs, on the other episodes or on the number of ranks."""
+    own, so that only rounding, which differs with the batch's size, depends on num_envs and the number of ranks."""
     generators = [torch.Generator().manual_seed(int(key)) for key in _episode_seeds(episode_ids, seed)]
 
     def policy(images, instructions, rows):

@@ -19,13 +19,15 @@ import torch
 import torch.distributed as dist
 import tyro
 
-
 # --- command line ---
+FIXED = "preset name model adapter seed num_envs num_steps num_updates".split()  # what --resume must not change
+
+
 def parse_args(args_class, presets, argv=None):
     """`--preset NAME` or `--resume RUN_DIR` choose the defaults; every other flag given overrides them.
 
     Args: args_class: the script's dataclass; presets: dict name -> instance; argv: list[str], default the command line.
-    Raises: FileNotFoundError when RUN_DIR holds no run.
+    Raises: FileNotFoundError when RUN_DIR holds no run; ValueError: another script's run, or what it must not change.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -39,8 +41,14 @@ def parse_args(args_class, presets, argv=None):
             known = ", ".join(str(found.parent) for found in sorted(Path("runs").glob("*/args.json"))) or "none"
             raise FileNotFoundError(f"--resume {chosen.resume}: no {path}; give the directory of a run (here: {known})")
         saved = json.loads(path.read_text())
+        if differ := sorted(saved.keys() ^ vars(args_class()).keys()):
+            raise ValueError(f"{path} is of another script or version, the flags {differ} differ; use the one it is of")
         default = args_class(**{key: tuple(v) if isinstance(v, list) else v for key, v in saved.items()})
-    return tyro.cli(args_class, default=default, args=argv)
+    args = tyro.cli(args_class, default=default, args=argv)
+    for key in FIXED if chosen.resume else ():
+        if (now := getattr(args, key, None)) != (was := getattr(default, key, None)):
+            raise ValueError(f"{key} = {now!r}, the run to resume has {was!r}, which is fixed; start a new run")
+    return args
 
 
 def check_rollout(num_envs, num_steps, max_episode_steps, num_minibatches, **positive):
@@ -63,12 +71,16 @@ def check_rollout(num_envs, num_steps, max_episode_steps, num_minibatches, **pos
         raise ValueError(f"num_envs * num_steps = {samples} {rule}")
 
 
-def check_run(name, resume, track):
-    """ValueError when runs/<name> holds another run, or tracking is asked for without its package."""
-    if name and not resume and any(Path("runs", name).glob("checkpoint-*")):
+def check_run(args):
+    """ValueError when runs/<name> holds another run, a rank has nothing to evaluate, or tracking lacks its package."""
+    name, ranks = args.name, int(os.environ.get("WORLD_SIZE", 1))
+    if name and not args.resume and any(Path("runs", name).glob("checkpoint-*")):
         fix = f"use --resume runs/{name} or another --name"
         raise ValueError(f"runs/{name} holds a run, which is never overwritten; {fix}")
-    if track and importlib.util.find_spec("wandb") is None:
+    if args.eval_every and args.eval_episodes < ranks:
+        fix = f"use {64 * ranks}, or --eval-every 0"
+        raise ValueError(f"eval_episodes = {args.eval_episodes} must be at least the number of ranks, {ranks}; {fix}")
+    if args.track and importlib.util.find_spec("wandb") is None:
         raise ValueError("track = True needs the package wandb; pip install wandb, or leave --track out")
 
 
@@ -110,6 +122,11 @@ def setup_ranks(device):
 
 def rank_and_world_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def ranks_here():
+    """How many ranks share the cores of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
 
 
 def sum_over_ranks(tensor):
@@ -205,6 +222,14 @@ def load_training_state(directory, device):
     return state
 
 
+def load_optimizer(optimizer, state):
+    """Moments and step numbers of a saved `state_dict`; learning rate and weight decay stay those of the flags."""
+    own = [{key: group[key] for key in ("lr", "weight_decay")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update(options)
+
+
 def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed)
@@ -232,7 +257,7 @@ def require_float32(shape, **tensors):
 
 def stop_non_finite(run_dir, what, batch, rows):
     """Saves these rows of the batch (dict of tensors, arrays, lists) for inspection and raises FloatingPointError."""
-    path = Path(run_dir) / "nonfinite_batch.pt"
+    path = Path(run_dir) / f"nonfinite_batch-{rank_and_world_size()[0]}.pt"  # several ranks may come here at once
     lists = {key: [values[row] for row in rows.tolist()] for key, values in batch.items() if isinstance(values, list)}
     torch.save({key: torch.as_tensor(batch[key])[rows] for key in batch.keys() - lists.keys()} | lists, path)
     raise FloatingPointError(f"the {what} is not finite; the batch is in {path}, the last checkpoint is not affected")

@@ -50,7 +50,7 @@ def test_update_critic_fits_returns_and_leaves_the_policy_alone():
     kept, states = policy.clone(), torch.randn(512, NUM_FEATURES)
     batch = {"states": states, "values": torch.zeros(512), "returns": states[:, 0].tanh(), "index": np.arange(512)}
     args, rng = ppo_vla.Args(num_minibatches=8, value_epochs=10), np.random.default_rng(0)
-    first = ppo_vla.update_critic(critic, optimizer, batch, args, rng)["losses/value_loss"]
+    first = ppo_vla.update_critic(critic, optimizer, batch, args, rng, ".")["losses/value_loss"]
     for _ in range(4):
-        last = ppo_vla.update_critic(critic, optimizer, batch, args, rng)["losses/value_loss"]
+        last = ppo_vla.update_critic(critic, optimizer, batch, args, rng, ".")["losses/value_loss"]
     assert last < 0.2 * first and torch.equal(policy, kept)

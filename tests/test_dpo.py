@@ -210,7 +210,7 @@ def test_non_finite_loss_stops_with_the_batch_saved(tmp_path, monkeypatch):
     poison = lambda data: {"ref_logprobs": data["ref_logprobs"] * float("nan")}  # noqa: E731
     with pytest.raises(FloatingPointError, match="the loss or its gradient is not finite"):
         bandit_run(1, change=poison, margin_tolerance=1.0)
-    saved = torch.load(tmp_path / "nonfinite_batch.pt")
+    saved = torch.load(tmp_path / "nonfinite_batch-0.pt")
     assert len(saved["ref_logprobs"]) == len(saved["instructions"]) == 8
 
 
@@ -320,7 +320,7 @@ def test_presets_parse_and_are_the_papers(capsys):
     )
     dpo_vla.main(dataclasses.replace(paper, dry_run=True))  # needs neither weights nor assets
     plan = capsys.readouterr().out
-    assert "model = openvla/openvla-7b" in plan and "memory estimate" in plan and "109.1 M" in plan
+    assert "model = gen-robot/openvla-7b-rlvla-warmup" in plan and "memory estimate" in plan and "109.1 M" in plan
 
 
 @pytest.mark.parametrize(
@@ -509,6 +509,17 @@ def test_pairs_of_an_abandoned_future_are_collected_anew(train):
     train("run", num_iterations=3, resume=str(run_dir))
     a, b = (pairs.load_pairs(run_dir / f"pairs/00000{number}.npz")["episode_ids"] for number in (1, 3))
     assert not np.array_equal(a, b)
+
+
+def test_pairs_made_with_other_flags_are_collected_anew(train, monkeypatch):
+    """Stops a resumed run from scoring pairs at another temperature, or against another reference, than they were."""
+    train("run", num_iterations=1)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(dpo_vla, "update", lambda *a: 1 / 0)  # killed after the pairs of iteration 2 were written
+        train("run", num_iterations=2, resume="runs/run")
+    run_dir = train("run", num_iterations=2, resume="runs/run", temperature=0.9, reference="previous")
+    assert "0.9" in str(pairs.load_pairs(run_dir / "pairs/000002.npz")["made_with"])
+    assert metrics_of(run_dir)[-1]["losses/first_margin"] == 0
 
 
 def test_no_informative_pair_is_an_error(train, monkeypatch):

@@ -37,6 +37,8 @@ def test_training_never_sees_an_in_distribution_evaluation_episode(task):
     evaluated |= configurations("main", "train", evaluation_ids("main", "train", 2000, seed=1))
     trained = configurations(task, "train", training_ids(task, "train", 20_000, np.random.default_rng(0)))
     assert len(evaluated) > 3000 and not evaluated & trained
+    with pytest.raises(ValueError, match="split = 'all' holds what is evaluated under 'train' and 'test' too"):
+        training_ids(task, "all", 1, np.random.default_rng(0))
 
 
 def test_uniform_draws_would_meet_evaluation_episodes():
@@ -87,6 +89,7 @@ def test_settings_flag_then_checkpoint_then_default():
     small, large = {"image_size": [320, 240], "sim_freq": 500, "lr": 1.0}, {"image_size": [640, 480]}
     chosen = eval_ood.environment(eval_ood.Args(sim_freq=100), [small])
     assert chosen == eval_ood.ENVIRONMENT | {"image_size": [320, 240], "sim_freq": 100}
+    assert eval_ood.environment(eval_ood.Args(), [{"shader_pack": "default"}])["shader_pack"] == "default"
     with pytest.raises(ValueError, match=r"different image_size: \[\[320, 240\], \[640, 480\]\]; set it by its flag"):
         eval_ood.environment(eval_ood.Args(), [small, large])
     assert eval_ood.environment(eval_ood.Args(image_size=(64, 48)), [small, large])["image_size"] == [64, 48]

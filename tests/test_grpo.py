@@ -325,7 +325,7 @@ def test_presets_parse_and_are_the_papers(capsys):
     assert (paper.clip_low, paper.clip_high, paper.kl_coef, paper.learning_rate) == (0.2, 0.2, 0.0, 1e-4)
     assert paper.num_envs * paper.num_steps / paper.num_minibatches == 160 and not paper.length_norm
     grpo_vla.main(dataclasses.replace(paper, dry_run=True))  # needs neither weights nor assets
-    assert "model = openvla/openvla-7b" in (plan := capsys.readouterr().out) and "109.1 M" in plan
+    assert "model = gen-robot/openvla-7b-rlvla-warmup" in (plan := capsys.readouterr().out) and "109.1 M" in plan
     theirs, ours = (dataclasses.asdict(module.PRESETS["paper"]) for module in (ppo_vla, grpo_vla))
     differ = {key for key in theirs.keys() & ours.keys() if theirs[key] != ours[key]}
     assert not differ, "the paper's settings are the same in both scripts"

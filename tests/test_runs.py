@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v2 as imageio
 import numpy as np
@@ -40,6 +41,11 @@ def test_preset_and_resume_choose_defaults_that_flags_override(tmp_path):
     resumed = runs.parse_args(Args, PRESETS, ["--resume", str(tmp_path)])
     assert (resumed.lr, resumed.size, resumed.resume) == (0.9, (8, 6), str(tmp_path))
     assert runs.parse_args(Args, PRESETS, ["--resume", str(tmp_path), "--lr", "0.2"]).lr == 0.2
+    with pytest.raises(ValueError, match="preset = 'default', the run to resume has 'paper', which is fixed"):
+        runs.parse_args(Args, PRESETS, ["--resume", str(tmp_path), "--preset", "default"])
+    (tmp_path / "args.json").write_text(json.dumps({"preset": "paper", "lr": 0.9, "group": 8, "resume": ""}))
+    with pytest.raises(ValueError, match=r"of another script or version, the flags \['group', 'size'\] differ"):
+        runs.parse_args(Args, PRESETS, ["--resume", str(tmp_path)])
     with pytest.raises(FileNotFoundError, match="--resume nowhere: no nowhere.args.json; give the directory"):
         runs.parse_args(Args, PRESETS, ["--resume", "nowhere"])
 
@@ -73,7 +79,7 @@ def test_tracking_without_its_package(monkeypatch):
     """Stops --track from failing after the simulator has started."""
     monkeypatch.setattr(runs.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="needs the package wandb; pip install wandb"):
-        runs.check_run("", "", track=True)
+        runs.check_run(SimpleNamespace(name="", resume="", track=True, eval_every=0, eval_episodes=0))
 
 
 def test_unnorm_key():
@@ -142,9 +148,9 @@ runs.save_checkpoint({str(tmp_path)!r}, "checkpoint", 2, write, {{"n": 2}})
 def test_non_finite_batch_is_saved(tmp_path):
     """Stops a NaN from ending a run without the data to find out why."""
     batch = {"returns": torch.tensor([1.0, float("nan")]), "instructions": ["a", "b"]}
-    with pytest.raises(FloatingPointError, match="the loss is not finite; the batch is in .*nonfinite_batch.pt"):
+    with pytest.raises(FloatingPointError, match="the loss is not finite; the batch is in .*nonfinite_batch-0.pt"):
         runs.stop_non_finite(tmp_path, "loss", batch, torch.tensor([1]))
-    assert torch.load(tmp_path / "nonfinite_batch.pt")["instructions"] == ["b"]
+    assert torch.load(tmp_path / "nonfinite_batch-0.pt")["instructions"] == ["b"]
 
 
 # --- log ---

@@ -10,6 +10,7 @@ import torch
 from recorded_demos import recorded_demos
 
 import sft_vla
+from common.demos import load_demos
 from common.vla import load_vla
 from sft_vla import PRESETS, Args, augment, check_args, cross_entropy, load_data, main, minibatch, update, validate
 
@@ -38,18 +39,31 @@ def metrics_of(run):
 def test_validation_episodes_are_whole_and_never_trained_on():
     """Stops frames of one episode on both sides of the split, which would make validation meaningless."""
     model = load_vla("tiny", value_head=False)
-    data, val_data, unnorm_key = load_data(small(), model)
+    data, train, val, unnorm_key = load_data(small(), model)
     assert unnorm_key == "cleanvla" and list(model.norm_stats) == ["cleanvla"]
-    total = len(data["actions"]) + len(val_data["actions"])
-    assert 25 < len(val_data["actions"]) < 70 and total > 180
+    assert sorted([*train.tolist(), *val.tolist()]) == list(range(len(data["actions"])))
+    assert 25 < len(val) < 70 and len(data["actions"]) > 180
     assert data["images"].dtype == torch.uint8 and len(data["images"]) == len(data["instructions"]) == len(
         data["actions"]
     )
     # Each episode ends with the same few resting steps; eight whole episodes are left.
-    starts = (data["actions"][1:, 6] - data["actions"][:-1, 6]) < 0  # the gripper closes
-    assert int(starts.sum()) == 8
+    actions = data["actions"][train]
+    assert int(((actions[1:, 6] - actions[:-1, 6]) < 0).sum()) == 8  # the gripper closes
     decoded = model.actions_from_tokens(data["action_tokens"], unnorm_key)
     assert (decoded - data["actions"]).abs().max() < 0.005
+
+
+def test_validation_is_of_every_directory_and_its_scenes_are_not_trained_on(tmp_path):
+    """Stops validation of the last directory alone, and on scenes that another recording of them teaches."""
+    shutil.copytree(recorded_demos(), tmp_path / "again")
+    header = json.loads((tmp_path / "again/trajectory.json").read_text())
+    for entry in header["episodes"][:5]:  # other scenes; the other five are those of the first recording
+        entry["reset_kwargs"]["options"]["episode_ids"] = [10**6 + entry["episode_id"]]
+    (tmp_path / "again/trajectory.json").write_text(json.dumps(header))
+    args, model = small(val_demos=3), load_vla("tiny", value_head=False)
+    data, train, val, _ = load_data(replace(args, demos=(*args.demos, str(tmp_path / "again"))), model)
+    episode = np.concatenate([first := load_demos(args.demos, drop_idle="still").episodes, first + 10])
+    assert set(episode[val]) == {9, 19, 8} and set(episode[train]) == set(range(20)) - {9, 19, 8, 18}
 
 
 def test_every_epoch_is_a_permutation():
@@ -81,12 +95,12 @@ def test_accumulation_gives_the_same_update():
     for micro_batch_size in (8, 3):
         args = small(micro_batch_size=micro_batch_size, augment=True)
         model = load_vla("tiny", value_head=False)
-        data, _, _ = load_data(args, model)
+        data, train, _, _ = load_data(args, model)
         optimizer = torch.optim.SGD(model.trainable_parameters()["policy"], lr=0.1)
-        loss, _ = update(model, optimizer, data, 0, args, ".")
+        loss, _ = update(model, optimizer, data, train, 0, args, ".")
         weights.append(torch.cat([p.detach().flatten() for p in model.trainable_parameters()["policy"]]))
     assert torch.allclose(*weights, atol=1e-5)
-    rows = minibatch(0, len(data["actions"]), 8, args.seed)
+    rows = train[minibatch(0, len(train), 8, args.seed)]
     fresh = load_vla("tiny", value_head=False)
     images = augment(data["images"][rows], torch.Generator().manual_seed(args.seed * 2**32))
     assert cross_entropy(fresh, data, rows, images).mean().item() == pytest.approx(loss, abs=1e-5)
@@ -98,15 +112,15 @@ def test_overfits_ten_demonstrations():
     """Stops a model, tokens or loss that cannot even memorise; with shuffled images it must not reach the same."""
     args = small(batch_size=64, micro_batch_size=64, val_demos=1)
     model = load_vla("tiny", value_head=False)
-    data, _, unnorm_key = load_data(args, model)
+    data, train, _, unnorm_key = load_data(args, model)
     optimizer = torch.optim.AdamW(model.trainable_parameters()["policy"], lr=2e-3)
     for number in range(140):
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (number + 1) / 20, 2 - number / 70)
-        update(model, optimizer, data, number, args, ".")
-    metrics = validate(model, data, unnorm_key, 64, 1024)
+        update(model, optimizer, data, train, number, args, ".")
+    metrics = validate(model, data, train, unnorm_key, 64, 1024)
     assert metrics["token_accuracy"] > 0.95 and metrics["gripper_accuracy"] > 0.95 and metrics["l1_xyz_mm"] < 2
     shuffled = data | {"images": data["images"][torch.randperm(len(data["images"]), generator=torch.Generator())]}
-    assert validate(model, shuffled, unnorm_key, 64, 1024)["token_accuracy"] < metrics["token_accuracy"] - 0.05
+    assert validate(model, shuffled, train, unnorm_key, 64, 1024)["token_accuracy"] < metrics["token_accuracy"] - 0.05
 
 
 # --- runs ---
@@ -153,6 +167,8 @@ def test_resume_continues_exactly(tmp_path, monkeypatch):
         [line["losses/cross_entropy"] for line in metrics_of(tmp_path / "runs" / run)] for run in ("whole", "parts")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 4
+    with pytest.raises(ValueError, match=r"give \[\d+, \d+\] samples to train and validate, the run had"):
+        main(replace(args, name="parts", resume="runs/parts", num_iterations=5, num_demos=9))
 
 
 # --- bad input ---
@@ -160,6 +176,8 @@ def test_resume_continues_exactly(tmp_path, monkeypatch):
     ({"batch_size": 0}, "batch_size = 0 must be > 0"),
     ({"val_demos": 0}, "val_demos = 0 must be > 0"),
     ({"num_updates": -1}, "num_updates = -1 must be > 0"),
+    ({"eval_episodes": 0}, "eval_episodes = 0 must be at least the number of ranks, 1; use 64, or --eval-every 0"),
+    ({"merge_adapter": True}, "merge_adapter = True needs the adapter that is merged"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_before_anything_is_loaded(changes, message):
     """Stops a run that fails after minutes, with an error that does not name the value."""

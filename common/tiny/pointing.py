@@ -47,7 +47,7 @@ class Args:
     poses_per_scene: int = 8  # of the arm, one picture and answer each
     varied: float = 0.3  # share of the scenes with noise as the table, tinted light and filler words
     task: str = "main"  # a row of common/tasks.py
-    split: Literal["train", "test", "all"] = "train"  # its configurations; those kept for evaluation are never drawn
+    split: Literal["train", "test"] = "train"  # its configurations; those kept for evaluation are never drawn
     seed: int = 0
     assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
     image_size: tuple[int, int] = (160, 120)  # camera pixels (width, height)
