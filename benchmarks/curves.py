@@ -60,6 +60,8 @@ def main(groups: tyro.conf.Positional[tuple[str, ...]], output: str = "docs/imag
     right.set_title("held-out episodes, temperature 0.6")
     for axis in (left, right):
         axis.set(xlabel="environment steps", ylim=(0, 1))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
         axis.legend()
     left.set_ylabel("success at the last step")
