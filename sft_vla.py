@@ -44,7 +44,7 @@ class Args:
     resume: str = ""  # run directory to continue exactly; its Args become the defaults
     seed: int = 1  # weights of `--model tiny`, minibatches, augmentation
     device: str = "auto"  # of the model: cpu, cuda, or auto
-    torch_threads: int = 2  # CPU threads of the model, over all ranks
+    torch_threads: int = 2  # CPU threads of the model, over the ranks of a machine
     track: bool = False  # log to Weights & Biases too
     # environment: only for evaluations
     task: str = "main"  # a row of common/tasks.py
