@@ -44,7 +44,7 @@ class Args:
     resume: str = ""  # run directory to continue exactly; its Args become the defaults
     seed: int = 1  # weights of `--model tiny`, training episodes, sampling, minibatches
     device: str = "auto"  # of the model: cpu, cuda, or auto
-    torch_threads: int = 2  # CPU threads of the model, over the ranks of a machine; the simulator has processes of its own
+    torch_threads: int = 2  # CPU threads of the model, over the ranks of a machine; the simulator has its own processes
     track: bool = False  # log to Weights & Biases too
     dry_run: bool = False  # print the plan with a memory estimate, and leave
     # environment
