@@ -8,7 +8,7 @@ help:
 	@echo "make demo    train PPO for a few iterations in the real simulator; prints where the curve and the video are"
 	@echo "make test    ruff and the whole test suite (arguments for pytest: PYTEST_ARGS='-k gae')"
 	@echo "make doctor  what this machine can do, with a fix for what is missing"
-	@echo "make warmup, make pretrained: the shipped weights again, 4 minutes and (on a GPU) about 15"
+	@echo "make warmup, make pretrained: the shipped weights again, 12 minutes and (on a GPU) about 15"
 	@echo "make setup | lint | format | lock | clean"
 
 setup:
@@ -42,13 +42,13 @@ runs/tiny-pretrained/config.json: runs/tiny-pretrained-wide/config.json
 	$(PRETRAIN) -m common.tiny.pretrain --batch-size 512 --eyes-updates 0 --pointing-updates 5000 --label-std 2 \
 		--model runs/tiny-pretrained-wide --output runs/tiny-pretrained
 
-# makes checkpoints/tiny-warmup again from checkpoints/tiny-pretrained, 4 minutes on two cores; see results/warmup
+# makes checkpoints/tiny-warmup again from checkpoints/tiny-pretrained, 12 minutes on two cores; see results/warmup
 warmup: setup
-	$(PY) -m common.demos --num-demos 200 --num-envs 32 --max-episode-steps 60 --action-noise 0.015 \
+	$(PY) -m common.demos --num-demos 1000 --num-envs 32 --max-episode-steps 60 --action-noise 0.015 \
 		--blunder-probability 0.04 --output demos/warmup
 	$(VENV)/bin/torchrun --nproc-per-node 2 sft_vla.py --demos demos/warmup --name tiny-warmup \
-		--dtype bfloat16 --num-envs 64 --num-iterations 3 --eval-every 3 --eval-episodes 192
-	$(SHIP) runs/tiny-warmup/checkpoint-000003 checkpoints/tiny-warmup
+		--dtype bfloat16 --num-envs 64 --num-iterations 5 --num-updates 50 --eval-every 5 --eval-episodes 192
+	$(SHIP) runs/tiny-warmup/checkpoint-000005 checkpoints/tiny-warmup
 	cp runs/tiny-warmup/args.json checkpoints/tiny-warmup/
 
 test: lint

@@ -74,7 +74,7 @@ class Args:
     num_videos: int = 2  # per evaluation
     checkpoint_every: int = 1  # iterations; an interruption loses at most so many
     # algorithm
-    num_iterations: int = 60  # rollouts; [P] 2 M steps = 391
+    num_iterations: int = 85  # rollouts; [P] 2 M steps = 391
     num_steps: int = 160  # control steps per environment and rollout, a multiple of max_episode_steps [M]; [P] 80
     group_size: int = 8  # neighbouring environments that are compared [P's text]; its code: all 64
     same_state: bool = True  # a group shares initial states and instructions; False: the code's plain "GRPO"

@@ -81,7 +81,7 @@ class Args:
     num_videos: int = 2  # per evaluation
     checkpoint_every: int = 1  # iterations; an interruption loses at most so many
     # algorithm
-    num_iterations: int = 60  # rollouts; [P] 2 M steps = 391
+    num_iterations: int = 85  # rollouts; [P] 2 M steps = 391
     num_steps: int = 160  # control steps per environment and rollout, a multiple of max_episode_steps [M]; [P] 80
     reset_after_success: int = 5  # steps that success lasts until the episode ends [D]; 0 = never [P]; 1: RLinf
     learning_rate: float = 1e-4  # AdamW, policy [P]

@@ -1,0 +1,86 @@
+"""The study's ablations of PPO: short runs of ppo_vla.py from one start, one flag changed in each.
+
+    python benchmarks/ablations.py                      # all, on two cores about an hour
+    python benchmarks/ablations.py --only default h0    # some of SETTINGS
+
+A run that is there already, from a call that was interrupted, is resumed or read. Prints the table of docs/ppo_vla.md
+and writes results/ppo/ablations.json.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common.report import write_atomic  # noqa: E402
+
+SETTINGS = {
+    "default": "",
+    "h0": "--value-input h0",
+    "hn": "--value-input hn",
+    "concat": "--value-input concat",
+    "h0, separate critic": "--value-input h0 --separate-critic",
+    "2 epochs": "--update-epochs 2",
+    "4 epochs": "--update-epochs 4",
+    "gamma = lambda = 1": "--gamma 1 --gae-lambda 1",
+    "without warm-up": "--model checkpoints/tiny-pretrained",
+}
+LAST = 4  # iterations that the table averages over
+
+
+@dataclass
+class Args:
+    only: tuple[str, ...] = tuple(SETTINGS)  # names in SETTINGS
+    num_iterations: int = 12  # the first three train the critic alone
+    num_steps: int = 80  # of 64 environments
+    ranks: int = 2  # processes of torchrun, one per core
+    dtype: str = "bfloat16"
+    seed: int = 1
+    output: str = "results/ppo/ablations.json"
+
+
+def run(name, args):
+    """One dict per iteration of the setting's run, which is made or continued if it is not complete."""
+    flags = f"--num-steps {args.num_steps} --dtype {args.dtype} --seed {args.seed} --no-anneal-lr --eval-every 0"
+    directory = Path("runs", "ablation-" + "".join(c if c.isalnum() else "-" for c in f"{name}-{args.seed}"))
+    new = f"{flags} {SETTINGS[name]} --num-iterations {args.num_iterations} --name {directory.name}"
+    words = f"--resume {directory}" if directory.exists() else new
+    command = ["torchrun", "--nproc-per-node", str(args.ranks), "ppo_vla.py", *words.split()]
+    path = directory / "metrics.jsonl"
+    rows = lambda: [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []  # noqa: E731
+    if not rows() or rows()[-1].get("charts/iteration", 0) < args.num_iterations:
+        subprocess.run([Path(sys.executable).with_name(command[0]), *command[1:]], check=True)
+    return [row for row in rows() if row.get("charts/iteration", 0) > 0]
+
+
+def main(args: Args):
+    if unknown := [name for name in args.only if name not in SETTINGS]:
+        raise ValueError(f"only = {unknown} must be among {list(SETTINGS)}")
+    results = {"arguments": vars(args), "settings": {}}
+    for name in args.only:
+        rows = run(name, args)
+        column = lambda key, rows=rows: [row.get(key) for row in rows]  # noqa: E731
+        results["settings"][name] = {
+            "flags": SETTINGS[name],
+            "success_at_end": column("train/success_at_end"),
+            "explained_variance": column("losses/explained_variance"),
+            "approx_kl": column("losses/approx_kl"),
+            "update_s": column("time/update_s"),
+            "peak_ram_gb": column("system/peak_ram_gb"),
+        }
+        write_atomic(Path(args.output), lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    print(f"| setting | success, last {LAST} | explained variance | KL | update, s | peak GB |")
+    print("|---|---|---|---|---|---|")
+    for name, values in results["settings"].items():
+        keys = "success_at_end", "explained_variance", "approx_kl", "update_s"
+        cells = [np.mean(values[key][-LAST:]) for key in keys]
+        print("| {} | {:.2f} | {:.2f} | {:.3f} | {:.0f} | {:.1f} |".format(name, *cells, max(values["peak_ram_gb"])))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
