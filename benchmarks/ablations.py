@@ -3,8 +3,8 @@
     python benchmarks/ablations.py                      # all, on two cores about an hour
     python benchmarks/ablations.py --only default h0    # some of SETTINGS
 
-A run that is there already, from a call that was interrupted, is resumed or read. Prints the table of docs/ppo_vla.md
-and writes results/ppo/ablations.json.
+A run that is there already, from a call that was interrupted, is resumed or read. Prints a table and writes
+results/ppo/ablations.json.
 """
 
 import json
@@ -47,7 +47,8 @@ class Args:
 def run(name, args):
     """One dict per iteration of the setting's run, which is made or continued if it is not complete."""
     flags = f"--num-steps {args.num_steps} --dtype {args.dtype} --seed {args.seed} --no-anneal-lr --eval-every 0"
-    directory = Path("runs", "ablation-" + "".join(c if c.isalnum() else "-" for c in f"{name}-{args.seed}"))
+    label = f"{name}-{args.num_steps}-{args.num_iterations}-{args.dtype}-{args.seed}"
+    directory = Path("runs", "ablation-" + "".join(c if c.isalnum() else "-" for c in label))
     new = f"{flags} {SETTINGS[name]} --num-iterations {args.num_iterations} --name {directory.name}"
     words = f"--resume {directory}" if directory.exists() else new
     command = ["torchrun", "--nproc-per-node", str(args.ranks), "ppo_vla.py", *words.split()]
