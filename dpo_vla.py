@@ -78,7 +78,7 @@ class Args:
     checkpoint_every: int = 1  # iterations; an interruption loses at most so many
     keep_pairs: int = 3  # last iterations whose pairs stay on disk; 0 = all [D]
     # algorithm
-    num_iterations: int = 300  # of collection and optimisation; 1 = offline
+    num_iterations: int = 85  # of collection and optimisation, as many as PPO; 1 = offline
     num_steps: int = 160  # control steps per environment and rollout, a multiple of max_episode_steps [M]; [P] 80
     num_trajectories: int = 8  # from each initial state, at least 2 [D]
     pairs_per_state: int = 4  # at most: best with worst, second best with second worst, ... [D]
