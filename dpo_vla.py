@@ -12,7 +12,6 @@ Its code was never released. Our decisions, explained in docs/dpo_vla.md:
  1. Each iteration collects with the current policy, pairs and optimises; `--num-iterations 1` is offline DPO.
  2. The exact gradient of a whole trajectory's loss in micro-batches of steps, by two passes.
  3. No second model: the reference is the adapter turned off, or the start's weights put in place for one scoring pass.
-Sibling: ppo_vla.py. Here is no critic and no advantage; the x axis counts the same environment steps.
 """
 
 import os
@@ -87,6 +86,7 @@ class Args:
     beta: float = 0.1  # per nat of a trajectory's summed log-ratio; per step: multiply it by the number of steps [G]
     window_steps: int = 0  # random windows of so many steps of both trajectories; 0 = whole trajectories; [G] 8
     learning_rate: float = 2e-5  # AdamW [G]
+    anneal_lr: bool = False  # linear to 0 over the run [D]
     weight_decay: float = 0.01  # AdamW [P]
     update_epochs: int = 1  # passes over the pairs of an iteration [D]
     pairs_per_batch: int = 8  # per optimizer step, over all ranks [D]; [G] 1
@@ -196,8 +196,7 @@ def dpo_loss(chosen_logratios, rejected_logratios, beta):
     Args: chosen_logratios, rejected_logratios: (M,) float32 nats, log pi(tau) - log pi_ref(tau).
     Returns: losses (M,), margins (M,).
     """
-    logratios = dict(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
-    runs.require_float32(chosen_logratios.shape[:1], **logratios)
+    runs.require_float32(chosen_logratios.shape[:1], chosen=chosen_logratios, rejected=rejected_logratios)
     margins = beta * (chosen_logratios - rejected_logratios)
     return -F.logsigmoid(margins), margins
 
@@ -382,14 +381,15 @@ def main(args: Args):
 
         # --- update ---
         rng = np.random.default_rng((args.seed, iteration, batch_size))  # beyond the numbers of states
-        same = iteration == 1 or args.reference == "previous"
+        lr = args.learning_rate * (1 - (iteration - 1) / args.num_iterations if args.anneal_lr else 1)
+        optimizer.param_groups[0]["lr"] = lr
         metrics = {key: value.item() for key, value in data.items() if key.startswith("train/")}
-        metrics |= update(model, optimizer, batch, args, rng, run_dir, same)
+        metrics |= update(model, optimizer, batch, args, rng, run_dir, iteration == 1 or args.reference == "previous")
         update_s = time.time() - start - rollout_s
 
         # --- metrics ---
-        metrics |= {"charts/iteration": iteration, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
-        metrics |= {"charts/SPS": batch_size / (rollout_s + update_s), **logs.peak_memory()}
+        sps = batch_size / (rollout_s + update_s)
+        metrics |= {"charts/iteration": iteration, "charts/learning_rate": lr, "charts/SPS": sps, **logs.peak_memory()}
         metrics |= {"time/rollout_s": rollout_s, "time/update_s": update_s}
 
         # --- evaluation, log, checkpoint ---

@@ -475,8 +475,8 @@ def test_a_loaded_adapter_is_its_own_reference(train):
 
 def test_resume_is_exact_and_collects_nothing_twice(train, monkeypatch):
     """Stops a resumed run from being another experiment, and from paying for a collected round again: one run is
-    killed in the update of iteration 3, after its pairs were written, with windows, epochs and sums in play."""
-    settings = dict(num_iterations=4, update_epochs=2, window_steps=1, keep_pairs=0)
+    killed in iteration 3's update, after its pairs were written, with windows, epochs, a falling rate in play."""
+    settings = dict(num_iterations=4, update_epochs=2, window_steps=1, keep_pairs=0, anneal_lr=True)
     straight = train("straight", **settings)
     collected, original = [], update
     count = lambda *a: collected.append(a[3]) or dpo_vla_collect(*a)  # noqa: E731
@@ -496,6 +496,8 @@ def test_resume_is_exact_and_collects_nothing_twice(train, monkeypatch):
     ]
     assert all(torch.equal(states[0][i][key], states[1][i][key]) for i in states[0] for key in states[0][i])
     assert len(list((parts / "pairs").glob("*"))) == 4
+    rates = [row["charts/learning_rate"] for row in metrics_of(parts) if "charts/learning_rate" in row]
+    assert rates == pytest.approx([1e-4, 7.5e-5, 5e-5, 2.5e-5])
     other = train("other", seed=2, **settings | dict(keep_pairs=1))
     assert not torch.equal(weights_of(other)["projector.fc1.weight"], weights_of(parts)["projector.fc1.weight"])
     assert [path.name for path in (other / "pairs").iterdir()] == ["000004.npz"]
