@@ -42,12 +42,15 @@ runs/tiny-pretrained/config.json: runs/tiny-pretrained-wide/config.json
 	$(PRETRAIN) -m common.tiny.pretrain --batch-size 512 --eyes-updates 0 --pointing-updates 5000 --label-std 2 \
 		--model runs/tiny-pretrained-wide --output runs/tiny-pretrained
 
+# the dtype of matmuls that is fast here: without AMX or AVX512-BF16 a processor emulates bfloat16
+DTYPE ?= $(shell grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo && echo bfloat16 || echo float32)
+
 # makes checkpoints/tiny-warmup again from checkpoints/tiny-pretrained, 12 minutes on two cores; see results/warmup
 warmup: setup
 	$(PY) -m common.demos --num-demos 1000 --num-envs 32 --max-episode-steps 60 --action-noise 0.015 \
 		--blunder-probability 0.04 --output demos/warmup
 	$(VENV)/bin/torchrun --nproc-per-node 2 sft_vla.py --demos demos/warmup --name tiny-warmup \
-		--dtype bfloat16 --num-envs 64 --num-iterations 5 --num-updates 50 --eval-every 5 --eval-episodes 192
+		--dtype $(DTYPE) --num-envs 64 --num-iterations 5 --num-updates 50 --eval-every 5 --eval-episodes 192
 	$(SHIP) runs/tiny-warmup/checkpoint-000005 checkpoints/tiny-warmup
 	cp runs/tiny-warmup/args.json checkpoints/tiny-warmup/
 

@@ -296,7 +296,7 @@ def main(args: Args):
     check_renderer("gpu" if args.sim_device == "cuda" else "cpu")
     from common.vla import load_vla, save_vla  # 4 s that bad input and the simulator's processes need not wait for
 
-    device = runs.setup_ranks(args.device)
+    device = runs.setup_ranks(args.device, args.dtype)
     rank, world_size = runs.rank_and_world_size()
     torch.set_num_threads(max(1, args.torch_threads // runs.ranks_here()))
     runs.seed_everything(args.seed)

@@ -32,7 +32,7 @@ from common.assets import load_pack
 from common.evaluate import evaluation_ids, run_episodes, wilson, write_video
 from common.expert import Expert
 from common.report import compare, dimension_means, make, write_atomic
-from common.runs import choose_key
+from common.runs import choose_device, choose_key
 from common.tasks import REPORT_ROWS, decode, instruction
 from common.vec_env import make_envs
 from common.vla import load_vla
@@ -192,7 +192,7 @@ def main(args: Args) -> None:
     names = [checkpoint.strip("./").replace("/", "_") for checkpoint in args.checkpoint] or [args.policy]
     found = dict(zip(names, map(find_model, args.checkpoint), strict=False))
     env_kwargs = environment(args, [trained for _, trained in found.values()])
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = choose_device(args.device, args.dtype)
     chosen = {k: getattr(args, k) for k in ("num_episodes", "temperature", "seed", "block_size", "dtype", "policy")}
     config, about = env_kwargs | chosen | {"device": device}, machine()
     print("\n".join(f"{key:18} {value}" for key, value in (config | about).items()))

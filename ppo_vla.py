@@ -108,7 +108,7 @@ class Args:
     target_kl: float | None = None  # a minibatch beyond it is dropped and ends the update; [P] none
     ratio_level: Literal["action", "token"] = "action"  # one ratio per step [P], or one per token
     recompute_logprobs: bool = False  # old log-probs by the update's own forward (bfloat16); always so at token level
-    ratio_tolerance: float = 0.05  # 99th percentile of |ratio - 1| before the first update; beyond it the run stops [D]
+    ratio_tolerance: float | None = None  # of |ratio - 1| before an update; None: .01, bfloat16 .05; beyond: stop [D]
 
 
 PRESETS = {
@@ -247,6 +247,7 @@ def update(model, optimizer, batch, args, rng, run_dir):
             old_logprobs = torch.cat([score(rows)[0] for rows in torch.arange(num_rows).split(args.micro_batch_size)])
 
     history, grad_norms, gaps = [], [], []
+    limit = {"float32": 0.01, "bfloat16": 0.05}[args.dtype] if args.ratio_tolerance is None else args.ratio_tolerance
     for number, mb_inds in enumerate(mb_inds for epoch in epochs for mb_inds in epoch):  # this rank's part of each
         optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(len(STATS) + 1, device=old_logprobs.device)  # the last one counts
@@ -264,9 +265,8 @@ def update(model, optimizer, batch, args, rng, run_dir):
                 clipped = ((r - 1).abs() > args.clip_coef).float().mean(1)
                 stats = pg_losses, v_losses, entropies, *kls, clipped, torch.ones_like(clipped)
                 sums += torch.stack([x.sum() for x in stats])
-                if number == 0:
-                    joint = logprobs.sum(1) if token_level else logprobs
-                    gaps += ((joint - batch["logprobs"][rows]).exp() - 1).abs().tolist()
+                joint = logprobs.sum(1) if token_level else logprobs
+                gaps += ((joint - batch["logprobs"][rows]).exp() - 1).abs().tolist() if number == 0 else []
             if not torch.isfinite(loss):
                 runs.stop_non_finite(run_dir, "loss", batch, rows)
             if args.target_kl is not None and sums[4] / minibatch_size > args.target_kl:
@@ -275,10 +275,10 @@ def update(model, optimizer, batch, args, rng, run_dir):
                 loss.backward()
         sums = runs.sum_over_ranks(sums)
         history.append(sums[:-1] / sums[-1])  # of what was scored before the KL guard, mostly all
-        if number == 0 and (gap := np.quantile(sum(runs.gather_over_ranks(gaps), []), 0.99)) > args.ratio_tolerance:
+        if number == 0 and (gap := np.quantile(sum(runs.gather_over_ranks(gaps), []), 0.99)) > limit:
             raise RuntimeError(
-                f"|ratio - 1| = {gap:.1e} before the first update exceeds ratio_tolerance = {args.ratio_tolerance}: act"
-                " and evaluate disagree; use float32, or for bfloat16 --recompute-logprobs and a higher tolerance"
+                f"|ratio - 1| = {gap:.1e} before the first update exceeds ratio_tolerance = {limit}: act and "
+                "evaluate disagree; use float32, or for bfloat16 --recompute-logprobs and a higher --ratio-tolerance"
             )
         if args.target_kl is not None and sums[4] / minibatch_size > args.target_kl:
             break  # the same sum on every rank; this minibatch is dropped
@@ -308,7 +308,7 @@ def main(args: Args):
     check_renderer("gpu" if args.sim_device == "cuda" else "cpu")
     from common.vla import load_vla, save_vla  # 4 s that bad input and the simulator's processes need not wait for
 
-    device = runs.setup_ranks(args.device)
+    device = runs.setup_ranks(args.device, args.dtype)
     rank, world_size = runs.rank_and_world_size()
     torch.set_num_threads(max(1, args.torch_threads // runs.ranks_here()))
     runs.seed_everything(args.seed)

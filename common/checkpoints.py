@@ -114,9 +114,7 @@ def locate_full(name: str, folder: Path) -> Source:
     config = read_json(folder / "config.json")
     if not config.get("norm_stats"):
         if not (folder / "dataset_statistics.json").is_file():
-            raise ValueError(
-                f"{folder / 'config.json'} has no norm_stats and there is no dataset_statistics.json beside it"
-            )
+            raise ValueError(f"{folder}/config.json has no norm_stats and there is no dataset_statistics.json with it")
         config["norm_stats"] = read_json(folder / "dataset_statistics.json")
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder / 'tokenizer.json'} is missing; copy it from openvla/openvla-7b")

@@ -271,9 +271,8 @@ class PutOnReceptacleEnv(BaseEnv):
         as_numpy = lambda tensor: tensor.detach().cpu().numpy().copy()  # noqa: E731
         base = self.agent.robot.pose
         state = {f"{which}_pose": as_numpy(self._pose(which)) for which in ("object", "plate")}
-        state["third_pose"] = (
-            as_numpy(self._pose("third")) if self.third_kind else np.full_like(state["object_pose"], np.nan)
-        )
+        nowhere = np.full_like(state["object_pose"], np.nan)
+        state["third_pose"] = as_numpy(self._pose("third")) if self.third_kind else nowhere
         state |= {f"{which}_bbox": self.bounding_boxes(which) for which in ("object", "plate")}
         state |= {f"{which}_index": np.asarray(getattr(self.episodes, which)) for which in ("object", "plate", "table")}
         state["tcp_pose"] = as_numpy(arm.ee_pose.raw_pose)

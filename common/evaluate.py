@@ -120,11 +120,8 @@ def evaluate(model, envs, task, split, num_episodes, temperature, unnorm_key, vi
     time/eval_s. Videos of the first episodes go to <video_stem>-<n>-<success|failure>.mp4.
     """
     start, (rank, world_size) = time.time(), rank_and_world_size()
-    ids = (
-        evaluation_ids(task, split, num_episodes, fidelity=envs.fidelity)
-        if not len(only)
-        else np.resize(only, num_episodes)
-    )
+    listed = only if len(only) else evaluation_ids(task, split, num_episodes, fidelity=envs.fidelity)
+    ids = np.resize(listed, num_episodes)
     mine = np.arange(len(ids))[rank::world_size]
     policy = sampling_policy(model, unnorm_key, temperature, ids)
     record = num_videos if rank == 0 and video_stem else 0

@@ -12,6 +12,7 @@ import random
 import shutil
 import signal
 import sys
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +62,8 @@ def check_rollout(num_envs, num_steps, max_episode_steps, num_minibatches, **pos
         raise ValueError(f"num_envs = {num_envs} must be a positive multiple of the {ranks} ranks; use {64 * ranks}")
     if num_steps < 1 or num_steps % max_episode_steps:
         fix = f"use --num-steps {max(1, num_steps // max_episode_steps) * max_episode_steps}"
-        raise ValueError(
-            f"num_steps = {num_steps} must be a multiple of max_episode_steps = {max_episode_steps}; {fix}"
-        )
+        rule = f"must be a multiple of max_episode_steps = {max_episode_steps}"
+        raise ValueError(f"num_steps = {num_steps} {rule}; {fix}")
     samples = num_envs * num_steps
     if samples % num_minibatches:
         fix = max(n for n in range(1, num_minibatches) if samples % n == 0)
@@ -109,9 +109,24 @@ def start_policy(model, name_or_path, adapter=None, seed=0):
 
 
 # --- ranks of torchrun ---
-def setup_ranks(device):
-    """Joins torchrun's process group when there is one; device "auto" | "cpu" | "cuda" -> this rank's torch.device."""
+def bfloat16_speed():
+    """Speed of bfloat16 matmuls on this CPU over that of float32 ones: above 1 with AMX, below 0.1 where emulated."""
+    matrices = [torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    float32_s, bfloat16_s = (min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=5)) for x in matrices)
+    return float32_s / bfloat16_s
+
+
+def choose_device(device, dtype):
+    """device "auto" | "cpu" | "cuda" -> "cpu" | "cuda"; says so when dtype is a slow one there."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if (device, dtype, os.environ.get("RANK", "0")) == ("cpu", "bfloat16", "0") and (speed := bfloat16_speed()) < 0.5:
+        print(f"dtype = bfloat16 takes {1 / speed:.0f} times as long as float32 on this CPU; use --dtype float32")
+    return device
+
+
+def setup_ranks(device, dtype):
+    """Joins torchrun's process group when there is one; arguments of `choose_device` -> this rank's torch.device."""
+    device = choose_device(device, dtype)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -177,9 +192,7 @@ def find_checkpoint(run_dir, kind="checkpoint"):
     """The complete checkpoint directory with the highest number."""
     found = sorted(Path(run_dir).glob(f"{kind}-[0-9]*"))
     if not found:
-        raise FileNotFoundError(
-            f"{run_dir} holds no {kind}-NNNNNN directory, so nothing can be resumed; start a new run"
-        )
+        raise FileNotFoundError(f"{run_dir} holds no {kind}-NNNNNN, so nothing can be resumed; start a new run")
     return found[-1]
 
 

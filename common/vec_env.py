@@ -167,11 +167,8 @@ class CpuEnvs:
             except (EOFError, ConnectionResetError):
                 process.join(5)
                 code = process.exitcode
-                why = (
-                    f"killed by signal {-code}; 9 usually means out of memory: use fewer --num-envs"
-                    if code and code < 0
-                    else ""
-                )
+                why = f"killed by signal {-(code or 0)}; 9 usually means out of memory: use fewer --num-envs"
+                why = why if code and code < 0 else ""
                 raise RuntimeError(f"{who} died with exit code {code} {why}") from None
             if kind == "error":
                 raise RuntimeError(f"{who} failed:\n{answer}")

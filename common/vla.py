@@ -73,12 +73,9 @@ class Backbone(nn.Module):
         far, of which S - Q are in `cache`. Padding is masked and gets no position number, so it changes nothing.
         """
         llama, queries, keys = self.language_model.model, x.shape[1], mask.shape[1]
-        visible = mask[:, None, None] & torch.ones(queries, keys, dtype=torch.bool, device=x.device).tril(
-            keys - queries
-        )
-        bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill(
-            ~visible, torch.finfo(x.dtype).min
-        )
+        causal = torch.ones(queries, keys, dtype=torch.bool, device=x.device).tril(keys - queries)
+        unseen = ~(mask[:, None, None] & causal)
+        bias = torch.zeros(unseen.shape, dtype=x.dtype, device=x.device).masked_fill(unseen, torch.finfo(x.dtype).min)
         rotary = llama.rotary_emb(x, (mask.cumsum(1) - 1)[:, -queries:])
         *lower, top = llama.layers
         for layer in lower:
@@ -231,12 +228,8 @@ class VLA(nn.Module):
             forced = torch.cat([ids, action_tokens.to(self.device)[:, :-1]], dim=1)
             x, seen = self.backbone.embed(images, forced, F.pad(mask, (0, ACTION_DIM - 1), value=True))
             hidden = self.backbone.hidden(x, seen, last=ACTION_DIM)
-        return F.log_softmax(self.backbone.bin_logits(hidden) / (temperature or 1.0), dim=-1), (
-            hidden,
-            images,
-            ids,
-            mask,
-        )
+        logp = F.log_softmax(self.backbone.bin_logits(hidden) / (temperature or 1.0), dim=-1)
+        return logp, (hidden, images, ids, mask)
 
     def evaluate(self, images, instructions, action_tokens, temperature=1.0, return_token_logprobs=False):
         """Score given actions, with gradients.
@@ -273,9 +266,8 @@ class VLA(nn.Module):
     def actions_from_tokens(self, action_tokens, unnorm_key: str):
         """(N, 7) int64 -> (N, 7) float32 on the CPU, environment units: bin centres, un-normalised where masked."""
         low, high, mask = self.action_range(unnorm_key)
-        index = (self.backbone.bins.stop - 1 - torch.as_tensor(action_tokens).cpu()).clamp(
-            0, 254
-        )  # 256 ids, 255 centres
+        index = self.backbone.bins.stop - 1 - torch.as_tensor(action_tokens).cpu()
+        index = index.clamp(0, 254)  # 256 ids, 255 centres
         centre = (2 * index.double() + 1) / 255 - 1
         return torch.where(mask, 0.5 * (centre + 1) * (high - low) + low, centre).float()
 

@@ -19,7 +19,7 @@ def test_this_machine(capsys):
     """Stops a report that passes where no picture can be made: it reads a pixel back. The answer is kept in memory."""
     assert doctor.main() == 0, capsys.readouterr().out
     out = capsys.readouterr().out
-    assert "physx_c" in out and "ok       primitive assets  25 objects" in out
+    assert "of float32's speed" in out and "physx_c" in out and "ok       primitive assets  25 objects" in out
     start = time.time()
     assert doctor.check_renderer(doctor.renderer_backend(), picture=True) in out
     assert time.time() - start < 0.1, "the answer is not kept in memory"

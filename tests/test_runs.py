@@ -82,6 +82,31 @@ def test_tracking_without_its_package(monkeypatch):
         runs.check_run(SimpleNamespace(name="", resume="", track=True, eval_every=0, eval_episodes=0))
 
 
+def test_a_slow_dtype_is_named(monkeypatch, capsys):
+    """Stops hours of bfloat16 on a processor that emulates it, eight times slower, with nothing said."""
+    monkeypatch.setattr(runs, "bfloat16_speed", lambda: 0.0625)
+    for device, dtype, rank in (("cpu", "float32", "0"), ("cuda", "bfloat16", "0"), ("cpu", "bfloat16", "1")):
+        monkeypatch.setenv("RANK", rank)
+        assert runs.choose_device(device, dtype) == device and capsys.readouterr().out == ""
+    monkeypatch.delenv("RANK")
+    assert runs.choose_device("cpu", "bfloat16") == "cpu"
+    assert "bfloat16 takes 16 times as long as float32 on this CPU; use --dtype float32" in capsys.readouterr().out
+    monkeypatch.setattr(runs, "bfloat16_speed", lambda: 2.0)
+    assert runs.choose_device("cpu", "bfloat16") == "cpu" and capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the processor's features are read from /proc/cpuinfo")
+def test_slow_dtype_is_measured_right():
+    """Stops a measurement of something else: the processor's own list of features must agree."""
+    features = set(Path("/proc/cpuinfo").read_text().split())
+    if features & {"amx_bf16", "avx512_bf16"}:
+        assert runs.bfloat16_speed() > 0.5
+    elif "avx512f" in features or "avx2" not in features:
+        pytest.skip("how fast bfloat16 is here is not known")
+    else:
+        assert runs.bfloat16_speed() < 0.5
+
+
 def test_unnorm_key():
     """Stops actions from being scaled by another robot's statistics."""
     assert runs.choose_key({"bridge": {}}, "") == "bridge"

@@ -189,7 +189,7 @@ def main(args: Args):
     check_args(args)
     from common.vla import load_vla, save_vla
 
-    device = runs.setup_ranks(args.device)
+    device = runs.setup_ranks(args.device, args.dtype)
     rank, world_size = runs.rank_and_world_size()
     torch.set_num_threads(args.torch_threads)
     runs.seed_everything(args.seed)
