@@ -54,8 +54,9 @@ warmup: setup
 	$(SHIP) runs/tiny-warmup/checkpoint-000005 checkpoints/tiny-warmup
 	cp runs/tiny-warmup/args.json checkpoints/tiny-warmup/
 
+# whole files in parallel: most of a test is one process that waits for another
 test: lint
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: setup
 	$(PY) -m ruff check .
