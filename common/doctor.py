@@ -63,7 +63,7 @@ def _torch() -> str:
     from common.runs import bfloat16_speed
 
     device = f"cuda: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"
-    speed = f"bfloat16 at {bfloat16_speed():.2g} of float32's speed on the CPU"
+    speed = f"bfloat16 at {bfloat16_speed():.2g} of float32's speed in matmuls on the CPU"
     return f"{torch.__version__}, device {device}, {os.cpu_count()} cores, {speed}; {sys.executable}"
 
 

@@ -110,9 +110,9 @@ def start_policy(model, name_or_path, adapter=None, seed=0):
 
 # --- ranks of torchrun ---
 def bfloat16_speed():
-    """Speed of bfloat16 matmuls on this CPU over that of float32 ones: above 1 with AMX, below 0.1 where emulated."""
+    """Speed of bfloat16 matmuls on this CPU over that of float32 ones: about 0.1 where bfloat16 is emulated."""
     matrices = [torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    float32_s, bfloat16_s = (min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=5)) for x in matrices)
+    float32_s, bfloat16_s = (min(timeit.repeat(lambda x=x: x @ x.T, number=1, repeat=5)) for x in matrices)
     return float32_s / bfloat16_s
 
 
@@ -120,7 +120,7 @@ def choose_device(device, dtype):
     """device "auto" | "cpu" | "cuda" -> "cpu" | "cuda"; says so when dtype is a slow one there."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if (device, dtype, os.environ.get("RANK", "0")) == ("cpu", "bfloat16", "0") and (speed := bfloat16_speed()) < 0.5:
-        print(f"dtype = bfloat16 takes {1 / speed:.0f} times as long as float32 on this CPU; use --dtype float32")
+        print(f"bfloat16 matmuls take {1 / speed:.0f} times as long as float32 ones on this CPU; use --dtype float32")
     return device
 
 
