@@ -101,11 +101,11 @@ def test_slow_dtype_is_measured_right():
     """Stops a measurement of something else: the processor's own list of features must agree."""
     features = set(Path("/proc/cpuinfo").read_text().split())
     if features & {"amx_bf16", "avx512_bf16"}:
-        assert runs.bfloat16_speed() > 0.5
+        assert runs.bfloat16_speed() > 0.25
     elif "avx512f" in features or "avx2" not in features:
         pytest.skip("how fast bfloat16 is here is not known")
     else:
-        assert runs.bfloat16_speed() < 0.5
+        assert runs.bfloat16_speed() < 0.25
 
 
 def test_unnorm_key():
