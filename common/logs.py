@@ -89,7 +89,7 @@ def hours(seconds):
 def peak_memory():
     """Metrics: most memory that this process has used so far."""
     metrics = {"system/peak_ram_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # not where the model is on the CPU of a machine with a GPU
         metrics["system/peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return metrics
 
