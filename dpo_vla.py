@@ -109,7 +109,7 @@ PRESETS = {
 def check_args(args):
     """What can be refused before a model or a simulator is loaded: ValueError with values, rule and fix."""
     positive = "num_iterations update_epochs pairs_per_batch pairs_per_state micro_batch_size checkpoint_every beta"
-    positive = {name: getattr(args, name) for name in (*positive.split(), "torch_threads", "temperature")}
+    positive = {k: getattr(args, k) for k in (*positive.split(), "torch_threads", "temperature", "max_grad_norm")}
     runs.check_rollout(args.num_envs, args.num_steps, args.max_episode_steps, 1, **positive)
     runs.check_run(args)
     k, n, t = args.num_trajectories, args.num_envs // int(os.environ.get("WORLD_SIZE", 1)), args.max_episode_steps
@@ -226,7 +226,8 @@ def all_logprobs(model, data, args):
 
 
 # What stored pairs and their reference log-probs depend on, of the flags that --resume may change.
-PAIRS_OF = "reference num_trajectories pairs_per_state tie_break temperature dtype window_steps micro_batch_size"
+PAIRS_OF = """task split assets fidelity image_size shader_pack sim_freq solver_iterations max_episode_steps unnorm_key
+    reference num_trajectories pairs_per_state tie_break temperature dtype window_steps micro_batch_size"""
 MEANS = ("losses/dpo_loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 

@@ -7,7 +7,7 @@ Writes results.json, report.md, figure.png and videos of one success and one fai
 kill goes on with the next task. Departures from the published protocol (Liu et al. 2025), see docs/eval_ood.md:
 1. Explicit episode ids from --seed, the same for every policy (paired), never used in training; published: random ones.
 2. Every episode draws from a generator of its own, and the model always runs on blocks of --block-size episodes, each
-   in a fixed row: results depend neither on --num-envs nor on --num-workers.
+   in a fixed row: results depend neither on --num-envs nor on --num-workers (published texture images on a GPU do).
 3. Wilson 95 % intervals, exact McNemar tests between policies, and more than success at the last step.
 """
 
@@ -29,6 +29,8 @@ import tyro
 from tqdm import tqdm
 
 from common.assets import load_pack
+from common.doctor import check_renderer
+from common.env import check_env_args
 from common.evaluate import evaluation_ids, run_episodes, wilson, write_video
 from common.expert import Expert
 from common.report import compare, dimension_means, make, write_atomic
@@ -187,11 +189,19 @@ def main(args: Args) -> None:
     rows, output = select_rows(args.tasks), Path(args.output)
     if (args.policy == "model") != bool(args.checkpoint):
         raise ValueError(f"--policy {args.policy}, {len(args.checkpoint)} checkpoints: model needs some, others none")
-    if min(args.num_episodes, args.num_envs, args.block_size) < 1 or args.temperature < 0:
-        raise ValueError("--num-episodes, --num-envs and --block-size must be >= 1, --temperature >= 0 (0 = greedy)")
+    for key, least in dict(num_episodes=1, num_envs=1, block_size=1, num_workers=0, temperature=0).items():
+        if (value := getattr(args, key)) < least:
+            raise ValueError(f"{key} = {value} must be >= {least}; use {getattr(Args, key)}")
     names = [checkpoint.strip("./").replace("/", "_") for checkpoint in args.checkpoint] or [args.policy]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{args.checkpoint} would be {names} in the report; give each once, or rename one")
     found = dict(zip(names, map(find_model, args.checkpoint), strict=False))
     env_kwargs = environment(args, [trained for _, trained in found.values()])
+    if (most := env_kwargs["max_episode_steps"]) < 1:
+        raise ValueError(f"max_episode_steps = {most} must be >= 1; use 40 (embedded) or 80 (published)")
+    checked = "assets", "image_size", "sim_freq", "solver_iterations", "fidelity"
+    check_env_args("main", "train", *(env_kwargs[key] for key in checked))
+    check_renderer("gpu" if env_kwargs["sim_device"] == "cuda" else "cpu")
     device = choose_device(args.device, args.dtype)
     chosen = {k: getattr(args, k) for k in ("num_episodes", "temperature", "seed", "block_size", "dtype", "policy")}
     config, about = env_kwargs | chosen | {"device": device}, machine()
@@ -199,14 +209,13 @@ def main(args: Args) -> None:
     arguments = {name: dict(config) for name in names}  # all that changes results
     for name, (path, _) in found.items():
         arguments[name] |= {"unnorm_key": args.unnorm_key, "weights": fingerprint(path)}
-    pack = load_pack(config["assets"])  # missing assets show before a model is loaded
+    pack = load_pack(config["assets"])
 
     # --- what is finished: one file per policy and task ---
     files = {(name, row[0]): output / "tasks" / name / f"{row[0]}.json" for name in names for row in rows}
     todo = [(name, row) for name in names for row in rows if not files[name, row[0]].exists()]
     for (name, _), file in files.items():
         now, was = arguments[name], json.loads(file.read_text())["arguments"] if file.exists() else arguments[name]
-        was = {"shader_pack": "minimal"} | was  # rows of before the key was kept
         if differ := [f"{k} was {was.get(k)}, is {now.get(k)}" for k in was | now if was.get(k) != now.get(k)]:
             raise ValueError(f"{file}: {', '.join(differ)}; repeat its arguments or choose another --output")
 
@@ -217,6 +226,7 @@ def main(args: Args) -> None:
         start = time.time()
         bar.set_description(f"{name} {row}")
         if args.policy == "model" and loaded != name:
+            model = policy = None  # frees the one before, so that two need no more memory than one
             model = load_vla(found[name][0], device, getattr(torch, args.dtype), value_head=False, trainable=False)
             key = args.unnorm_key or "".join({found[name][1].get("unnorm_key", "")} & set(model.norm_stats))
             loaded, unnorm_key = name, choose_key(model.norm_stats, key, config["assets"])

@@ -116,8 +116,8 @@ PRESETS = {
 
 def check_args(args):
     """What can be refused before a model or a simulator is loaded: ValueError with values, rule and fix."""
-    positive = "num_iterations update_epochs micro_batch_size checkpoint_every torch_threads temperature".split()
-    positive = {name: getattr(args, name) for name in positive}
+    positive = "num_iterations update_epochs micro_batch_size checkpoint_every torch_threads temperature max_grad_norm"
+    positive = {name: getattr(args, name) for name in positive.split()}
     runs.check_rollout(args.num_envs, args.num_steps, args.max_episode_steps, args.num_minibatches, **positive)
     runs.check_run(args)
     if args.group_size < 2 or args.num_envs % args.group_size:

@@ -85,7 +85,7 @@ class Args:
     num_steps: int = 160  # control steps per environment and rollout, a multiple of max_episode_steps [M]; [P] 80
     reset_after_success: int = 5  # steps that success lasts until the episode ends [D]; 0 = never [P]; 1: RLinf
     learning_rate: float = 1e-4  # AdamW, policy [P]
-    value_learning_rate: float = 1e-3  # AdamW, value head; [P] 3e-3 [M]
+    value_learning_rate: float = 1e-3  # AdamW, value head and a separate critic; [P] 3e-3 [M]
     anneal_lr: bool = True  # linear to 0 over the run [D]; [P] constant
     weight_decay: float = 0.01  # AdamW [P]
     value_warmup_iterations: int = 3  # first iterations that train the value alone [M]; [P] 0
@@ -127,7 +127,7 @@ PRESETS = {
 def check_args(args):
     """What can be refused before a model or a simulator is loaded: ValueError with values, rule and fix."""
     positive = "num_iterations update_epochs value_epochs micro_batch_size checkpoint_every torch_threads temperature"
-    positive = {name: getattr(args, name) for name in positive.split()}
+    positive = {name: getattr(args, name) for name in (*positive.split(), "huber_delta", "max_grad_norm")}
     runs.check_rollout(args.num_envs, args.num_steps, args.max_episode_steps, args.num_minibatches, **positive)
     runs.check_run(args)
     if args.value_input == "state" and args.separate_critic:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from common import logs, runs
-from common.demos import action_statistics, load_demos
+from common.demos import action_statistics, load_demos, read_header
 from common.doctor import check_renderer
 from common.env import check_env_args
 from common.evaluate import evaluate
@@ -111,7 +111,8 @@ PRESETS = {
 def check_args(args):
     """What can be refused before a model or data are loaded: ValueError with values, rule and fix."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    for name in "num_iterations num_updates batch_size num_envs micro_batch_size checkpoint_every val_demos".split():
+    names = "num_iterations num_updates batch_size num_envs micro_batch_size checkpoint_every val_demos "
+    for name in (names + "max_episode_steps max_grad_norm").split():
         if (value := getattr(args, name)) <= 0:
             raise ValueError(f"{name} = {value} must be > 0; use {getattr(Args, name)}")
         if name in ("batch_size", "num_envs") and value % ranks:
@@ -119,6 +120,12 @@ def check_args(args):
     runs.check_run(args)
     if args.merge_adapter and not (args.adapter or args.resume or Path(args.model, "adapter_config.json").is_file()):
         raise ValueError("merge_adapter = True needs the adapter that is merged; use --adapter, or --no-merge-adapter")
+    for path in args.demos:
+        settings = read_header(path)["settings"]
+        for key in ("assets", "image_size", "shader_pack"):
+            here = list(args.image_size) if key == "image_size" else getattr(args, key)
+            if settings[key] != here:
+                raise ValueError(f"{path} was recorded with {key} = {settings[key]}, this run has {here}; change one")
 
 
 def load_data(args, model):
@@ -131,11 +138,6 @@ def load_data(args, model):
         return images if images.dtype == torch.uint8 else images.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
     demos = load_demos(args.demos, fit, args.num_demos or None, args.drop_idle)
-    for path, settings in zip(args.demos, demos.settings, strict=True):
-        for key in ("assets", "image_size", "shader_pack"):
-            here = list(args.image_size) if key == "image_size" else getattr(args, key)
-            if settings[key] != here:
-                raise ValueError(f"{path} was recorded with {key} = {settings[key]}, this run has {here}; change one")
     if args.val_demos >= (num_demos := len(demos.instructions)):
         raise ValueError(f"val_demos = {args.val_demos} leaves none of {num_demos} episodes; use fewer")
     if args.statistics != "model":
@@ -340,8 +342,8 @@ def main(args: Args):
     logger.close()
     panels = [["losses/cross_entropy", "val/cross_entropy"], ["train/token_accuracy", "val/token_accuracy"]]
     if rank == 0:
-        done = last_update, progress["seconds"], progress["evaluations"]
-        print(logs.summary(run_dir, *done, panels, unit="optimizer steps"))
+        done = run_dir, last_update, progress["seconds"], progress["evaluations"]
+        print(logs.summary(*done, panels, "optimizer steps"))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python benchmarks/ablations.py --only default h0    # some of SETTINGS
 
 A run that is there already, from a call that was interrupted, is resumed or read. Prints a table and writes
-results/ppo/ablations.json.
+results/ppo/ablations.json; settings that it has from calls with the same arguments stay. A separate critic is trained
+at `--value-learning-rate`, ten times that of the policy, backbone included: its row differs in that too.
 """
 
 import json
@@ -50,7 +51,7 @@ def run(name, args):
     label = f"{name}-{args.num_steps}-{args.num_iterations}-{args.dtype}-{args.seed}"
     directory = Path("runs", "ablation-" + "".join(c if c.isalnum() else "-" for c in label))
     new = f"{flags} {SETTINGS[name]} --num-iterations {args.num_iterations} --name {directory.name}"
-    words = f"--resume {directory}" if directory.exists() else new
+    words = f"--resume {directory}" if any(directory.glob("checkpoint-*")) else new
     command = ["torchrun", "--nproc-per-node", str(args.ranks), "ppo_vla.py", *words.split()]
     path = directory / "metrics.jsonl"
     rows = lambda: [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []  # noqa: E731
@@ -62,7 +63,9 @@ def run(name, args):
 def main(args: Args):
     if unknown := [name for name in args.only if name not in SETTINGS]:
         raise ValueError(f"only = {unknown} must be among {list(SETTINGS)}")
-    results = {"arguments": vars(args), "settings": {}}
+    same = {key: value for key, value in vars(args).items() if key != "only"}
+    before = json.loads(Path(args.output).read_text()) if Path(args.output).exists() else {"arguments": None}
+    results = {"arguments": same, "settings": before["settings"] if before["arguments"] == same else {}}
     for name in args.only:
         rows = run(name, args)
         column = lambda key, rows=rows: [row.get(key) for row in rows]  # noqa: E731

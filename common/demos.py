@@ -117,6 +117,9 @@ def write_episode(file, name, batch, i, length, episode_id, seed):
 def record(args):
     """Write `args.num_demos` successful episodes; continues what an earlier call left. Returns the path of the .h5."""
     final, parts = Path(args.output) / "trajectory.h5", Path(args.output) / "parts"
+    for key, most in {"num_demos": 1e9, "hold_steps": 1e9, "noise_probability": 1, "blunder_probability": 1}.items():
+        if not (least := key == "num_demos") <= (value := getattr(args, key)) <= most:
+            raise ValueError(f"{key} = {value} must be {int(least)} to {most:g}; use {getattr(Args, key)}")
     settings = {k: v for k, v in asdict(args).items() if k not in ("output", "num_demos", "num_envs", "num_workers")}
     settings = json.loads(json.dumps(settings))
     counts, seen = {"attempted": 0, "rejected": 0, "batches": 0}, set()
@@ -150,7 +153,7 @@ def _record_parts(args, settings, counts, seen, parts):
     bar = tqdm(total=args.num_demos, initial=old, unit="demo")
     try:
         while len(seen) < args.num_demos:
-            rng = np.random.default_rng([args.seed, counts["batches"]])  # a batch's number fixes its episodes
+            rng = np.random.default_rng([args.seed, counts["batches"]])  # fixes a batch of num_envs episodes
             ids = training_ids(*task, args.num_envs, rng, args.fidelity)
             batch = rollout(envs, expert, ids, lambda x: encode_image(x, args.image_format), noise, rng)
             lengths = np.minimum(batch["done_at"] + args.hold_steps, args.max_episode_steps)
@@ -267,8 +270,8 @@ def load_demos(paths, fit=lambda images: images, num_demos=None, drop_idle="none
     images, actions, kept, sources, settings = [], [], [], [], []
     paths = [paths] if isinstance(paths, (str, Path)) else paths
     for path in map(Path, paths):
-        path = path if path.suffix == ".h5" else path / "trajectory.h5"
-        header = _read_header(path)
+        header = read_header(path)
+        path = header["path"]
         settings.append(header["settings"])
         if num_demos is not None and num_demos > len(header["episodes"]):
             raise ValueError(f"num_demos = {num_demos}, but {path} holds {len(header['episodes'])}; record more")
@@ -292,8 +295,9 @@ def load_demos(paths, fit=lambda images: images, num_demos=None, drop_idle="none
     )
 
 
-def _read_header(path):
-    """The .json beside the .h5 `path`, with every key that `load_demos` needs."""
+def read_header(path):
+    """The .json of a recording's directory or .h5, with every key that `load_demos` needs, and "path": its .h5."""
+    path = Path(path) if str(path).endswith(".h5") else Path(path) / "trajectory.h5"
     for each in (path, json_path := path.with_suffix(".json")):
         if not each.exists():
             raise FileNotFoundError(f"{each} is missing; make it with: python -m common.demos --output {path.parent}")
@@ -304,7 +308,7 @@ def _read_header(path):
         raise ValueError(f"{json_path} is not valid JSON ({error}); record it again") from error
     except KeyError as error:
         raise ValueError(f"{json_path} has no key {error}; record it again with this version") from error
-    return header
+    return header | {"path": path}
 
 
 def _read_episode(path, file, entry, drop_idle):

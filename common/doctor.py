@@ -1,11 +1,13 @@
 """What this machine can do, in seconds, with a fix for whatever is missing: `python -m common.doctor`."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from functools import lru_cache
 from importlib.metadata import version
+from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
@@ -81,10 +83,11 @@ def _pack(name: str) -> str:
 
 
 def _weights(name: str, fix: str) -> str:
-    path = name if os.path.isdir(name) else try_to_load_from_cache(name, "config.json")
-    if isinstance(path, str):
-        return path
-    raise RuntimeError(f"no {name} here; {fix}")
+    config = f"{name}/config.json" if os.path.isdir(name) else try_to_load_from_cache(name, "config.json")
+    files = sorted(Path(config).parent.glob("model*.safetensors")) if isinstance(config, str) else []
+    if files and len(files) == int((re.search(r"-of-(\d+)", files[0].name) or ["", 1])[1]):
+        return str(files[0].parent)
+    raise RuntimeError(f"no {name} here{', only a part of it' if isinstance(config, str) else ''}; {fix}")
 
 
 def _room() -> str:

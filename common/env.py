@@ -238,6 +238,7 @@ class PutOnReceptacleEnv(BaseEnv):
         indices = self._indices(which)
         if not self.gpu_sim_enabled:
             return function(self._in_play[kind, int(indices[0])])
+        indices = np.where(indices < 0, indices.max(), indices)  # published multi_carrot: some have no third body
         used = np.unique(indices)
         values = torch.stack([function(self._in_play[kind, int(k)]) for k in used])  # (bodies, B, ...)
         row = torch.as_tensor(np.searchsorted(used, indices), device=self.device)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from common.report import write_atomic
+
 
 class Logger:
     """metrics.jsonl and TensorBoard always, Weights & Biases with track=True; with enabled=False nothing at all.
@@ -22,13 +24,15 @@ class Logger:
         self.enabled, self.wandb, path = enabled, None, Path(run_dir) / "metrics.jsonl"
         if not enabled:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (path.parent / "args.json").write_text(json.dumps(config | {"resume": ""}, indent=1))
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-        self.file = path.open("a", buffering=1)
         from torch.utils.tensorboard import SummaryWriter
 
+        path.parent.mkdir(parents=True, exist_ok=True)
+        settings = json.dumps(config | {"resume": ""}, indent=1)
+        write_atomic(path.parent / "args.json", lambda file: file.write_text(settings))
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+        write_atomic(path, lambda file: file.write_text(kept))
+        self.file = path.open("a", buffering=1)
         self.tensorboard = SummaryWriter(str(run_dir), purge_step=step + 1)
         if track:
             import wandb
@@ -88,17 +92,14 @@ def hours(seconds):
 
 def peak_memory():
     """Metrics: most memory that this process has used so far."""
-    metrics = {"system/peak_ram_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    metrics = {"system/peak_ram_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
     if torch.cuda.is_initialized():  # not where the model is on the CPU of a machine with a GPU
         metrics["system/peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return metrics
 
 
 def summary(run_dir, steps, seconds, evaluations, panels, unit="environment steps"):
-    """The last lines of a run; also draws curve.png, one small plot per list of metric names in `panels`.
-
-    steps: of the whole run, in `unit`, which is what the x axis counts too.
-    """
+    """The last lines of a run of `steps`, counted in `unit`; draws curve.png, a plot per list of `panels` metrics."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -114,12 +115,13 @@ def summary(run_dir, steps, seconds, evaluations, panels, unit="environment step
         axis.legend(fontsize=8)
     figure.savefig(Path(run_dir) / "curve.png", dpi=120)
     plt.close(figure)
+    dtype = json.loads((Path(run_dir) / "args.json").read_text())["dtype"]
     table = {
         unit: f"{steps:,} in {hours(seconds)}",
         "success at end": " -> ".join(f"{value:.3f}" for value in evaluations) or "not evaluated",
         "peak memory": ", ".join(f"{key.split('_')[1]} {size:.1f} GB" for key, size in peak_memory().items()),
         "files": f"{run_dir}: curve.png, videos/, metrics.jsonl, best and last checkpoint",
-        "next": f"python eval_ood.py --checkpoint {run_dir} --tasks all --output results/{Path(run_dir).name}",
+        "next": f"python eval_ood.py --checkpoint {run_dir} --dtype {dtype} --output results/{Path(run_dir).name}",
     }
     return "\n".join(f"{key:<18}| {value}" for key, value in table.items())
 
@@ -134,7 +136,8 @@ def plan(settings, default, model_name):
 
     s, local = argparse.Namespace(**settings), model_name == "tiny" or Path(model_name).is_dir()
     openvla = {"text_config": {}, "image_sizes": [224], "n_action_bins": 256, "pad_to_multiple_of": 64}
-    source = checkpoints.locate(model_name) if local else checkpoints.Source(model_name, openvla, Path())
+    given = (s.adapter or None,) if local else (openvla, Path())
+    source = (checkpoints.locate if local else checkpoints.Source)(model_name, *given)
     with torch.device("meta"):
         backbone = Backbone(source.config)
         checkpoints.apply_lora(backbone, source, s.lora_rank, s.lora_targets, False)

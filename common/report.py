@@ -63,7 +63,7 @@ def compare(rows_a: dict, rows_b: dict) -> list[dict]:
         counts["task"][name] = (pairs.count((1, 0)), pairs.count((0, 1)), len(pairs))
     for group, members in MEMBERS.items():
         cells = [counts["task"][name] for name, row in rows_a.items() if row["dimension"] in members]
-        if cells and group != "id":
+        if cells and group != "id" and (group != "ood" or len(counts["dimension"]) > 1):  # of one, ood is the same
             counts["dimension"][group] = tuple(map(sum, zip(*cells, strict=True)))
     tests = []
     for kind, items in counts.items():

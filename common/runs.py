@@ -72,8 +72,11 @@ def check_rollout(num_envs, num_steps, max_episode_steps, num_minibatches, **pos
 
 
 def check_run(args):
-    """ValueError when runs/<name> holds another run, a rank has nothing to evaluate, or tracking lacks its package."""
+    """ValueError: a number is negative, runs/<name> holds another run, a rank has nothing to evaluate, no tracking."""
     name, ranks = args.name, int(os.environ.get("WORLD_SIZE", 1))
+    for key in "eval_every eval_temperature num_videos num_workers lora_rank weight_decay kl_coef keep_pairs".split():
+        if (value := getattr(args, key, 0)) < 0:
+            raise ValueError(f"{key} = {value} must be >= 0; leave it out for the default")
     if name and not args.resume and any(Path("runs", name).glob("checkpoint-*")):
         fix = f"use --resume runs/{name} or another --name"
         raise ValueError(f"runs/{name} holds a run, which is never overwritten; {fix}")
@@ -210,9 +213,9 @@ def save_checkpoint(run_dir, kind, number, save_model, state):
     save_model(temporary)
     numpy = [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()]
     rng = {"torch": torch.get_rng_state(), "numpy": numpy, "python": random.getstate()}
-    rng["cuda"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    rng["cuda"] = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     torch.save(state | {"rng": rng}, temporary / "training_state.pt")
-    for path in temporary.iterdir():
+    for path in temporary.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

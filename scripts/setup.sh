@@ -106,8 +106,10 @@ command -v "$PYTHON" >/dev/null || { apt_install "no $PYTHON" python3 python3-ve
 version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || missing+=("python$version-venv")
 command -v git >/dev/null || missing+=(git) # mani_skill imports GitPython, which wants it
+[ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates) # git only recommends what a fetch needs
+libraries=$(/sbin/ldconfig -p) # no pipe: grep -q ends it early, and pipefail calls that a failure
 for pair in libGL.so.1:libgl1 libgthread-2.0.so.0:libglib2.0-0 libX11.so.6:libx11-6; do # OpenCV and SAPIEN load these
-  /sbin/ldconfig -p | grep -q "${pair%%:*}" || missing+=("${pair##*:}")
+  [[ $libraries == *"${pair%%:*}"* ]] || missing+=("${pair##*:}")
 done
 [ ${#missing[@]} -eq 0 ] || apt_install "libraries that Python packages load" "${missing[@]}"
 if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then

@@ -272,3 +272,11 @@ def test_missing_or_too_few_demos_are_named(tmp_path):
     with pytest.raises(ValueError, match="num_demos = 11, but .* holds 10"):
         load_demos(recorded_demos(), num_demos=11)
     assert len(load_demos([recorded_demos()] * 2, num_demos=3).instructions) == 6
+
+
+@pytest.mark.parametrize("wrong", [{"num_demos": 0}, {"hold_steps": -1}, {"noise_probability": 15.0}])
+def test_numbers_that_make_no_recording_are_refused(wrong, tmp_path):
+    """Stops percent taken for a share, and a call that records nothing and says so nowhere."""
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} = .* must be . to .*; use"):
+        record(Args(output=str(tmp_path / "new"), **wrong))
+    assert not (tmp_path / "new").exists()

@@ -67,6 +67,16 @@ def test_unknown_backend():
         doctor.check_renderer("vulkan")
 
 
+def test_half_a_download_is_no_model(tmp_path):
+    """Stops "ok" for weights of which only the configuration or some of the shards are here."""
+    (tmp_path / "config.json").write_text("{}")
+    for number in (1, 2):
+        with pytest.raises(RuntimeError, match="only a part of it; get it"):
+            doctor._weights(str(tmp_path), "get it")
+        (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(b"")
+    assert doctor._weights(str(tmp_path), "get it") == str(tmp_path)
+
+
 def test_report_lists_everything_and_fails_only_for_what_the_demo_needs(monkeypatch, capsys):
     """Stops exit status 1 on a healthy machine that merely lacks optional weights, and 0 on a broken one."""
     monkeypatch.setattr(doctor, "CHECKS", [(name, lambda: "fine", needed) for name, _, needed in doctor.CHECKS])

@@ -331,6 +331,7 @@ def test_presets_parse_and_are_the_papers(capsys):
         (dict(pairs_per_state=5), "pairs_per_state = 5 exceeds num_trajectories // 2; use 4"),
         (dict(window_steps=7), "window_steps = 7 must be 0 or divide max_episode_steps = 40"),
         (dict(window_steps=-8), "window_steps = -8"),
+        (dict(keep_pairs=-1), "keep_pairs = -1 must be >= 0"),
         (dict(beta=0.0), "beta = 0.0 must be > 0"),
         (dict(pairs_per_batch=0), "pairs_per_batch = 0"),
         (dict(num_steps=30), "multiple of max_episode_steps = 40"),
@@ -520,7 +521,8 @@ def test_pairs_made_with_other_flags_are_collected_anew(train, monkeypatch):
         patch.setattr(dpo_vla, "update", lambda *a: 1 / 0)  # killed after the pairs of iteration 2 were written
         train("run", num_iterations=2, resume="runs/run")
     run_dir = train("run", num_iterations=2, resume="runs/run", temperature=0.9, reference="previous")
-    assert "0.9" in str(pairs.load_pairs(run_dir / "pairs/000002.npz")["made_with"])
+    assert "0.9" in str(made := pairs.load_pairs(run_dir / "pairs/000002.npz")["made_with"])
+    assert {"main", "train", "primitive"} <= set(str(made).replace("'", "").strip("[]").split(", ")), "and the task"
     assert metrics_of(run_dir)[-1]["losses/first_margin"] == 0
 
 

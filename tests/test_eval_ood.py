@@ -114,11 +114,14 @@ def test_find_model(tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     [dict(policy="model"), dict(policy="zero", checkpoint=("tiny",)), dict(policy="zero", num_episodes=0),
-     dict(policy="zero", tasks="nothing"), dict(policy="zero", temperature=-1.0)],
+     dict(policy="zero", tasks="nothing"), dict(policy="zero", temperature=-1.0), dict(policy="zero", num_workers=-1),
+     dict(checkpoint=("tiny", "./tiny")), dict(checkpoint=("tiny",), max_episode_steps=0),
+     dict(checkpoint=("tiny",), image_size=(600, 480)), dict(checkpoint=("tiny",), sim_freq=251)],
 )  # fmt: skip
 def test_wrong_arguments_are_refused_at_once(wrong, tmp_path, monkeypatch):
-    """Stops a mistake that shows after an hour: refused before a simulator starts, nothing written."""
+    """Stops a mistake that shows after an hour: refused before model or simulator start, nothing written."""
     monkeypatch.setattr(eval_ood, "make_envs", lambda *a, **k: pytest.fail("the simulator was started"))
+    monkeypatch.setattr(eval_ood, "load_vla", lambda *a, **k: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError):
         eval_ood.main(eval_ood.Args(output=str(tmp_path / "out"), **wrong))
     assert not (tmp_path / "out").exists()

@@ -345,6 +345,7 @@ def test_presets_parse_and_are_the_papers(capsys):
         (dict(group_size=0), "group_size = 0 must"),
         (dict(num_envs=4), "group_size = 8 must divide num_envs = 4"),
         (dict(filter_low=0.9, filter_high=0.1), "filter_low = 0.9 must be <= filter_high = 0.1"),
+        (dict(kl_coef=-0.1), "kl_coef = -0.1 must be >= 0"),
         (dict(filter_high=90.0), "filter_high = 90.0, both in 0 to 1"),
         (dict(num_steps=30), "multiple of max_episode_steps = 40"),
         (dict(name="taken"), "runs/taken holds a run"),

@@ -1,6 +1,7 @@
 """Pointing scenes, the small model's pre-training data, on the real simulator."""
 
 import json
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_pictures_differ_and_scenes_are_for_training(path):
 
 
 def test_a_scene_depends_on_seed_and_number_alone(path, tmp_path):
-    """Stops data that change with the number of scenes or workers; and a second call that overwrites the first."""
+    """Stops data that change with the workers or, but for redrawn ids, with num_scenes; and a call that overwrites."""
     with pytest.raises(FileExistsError, match="never overwritten"):
         record(Args(output=str(path), **ARGS))
     record(Args(output=str(tmp_path / "again"), num_scenes=2, **ARGS))
@@ -96,6 +97,15 @@ def test_refused_before_anything_starts(tmp_path):
     """Stops an empty file after minutes of simulation."""
     with pytest.raises(ValueError, match="num_scenes = 0"):
         record(Args(output=str(tmp_path), num_scenes=0))
+
+
+def test_a_worker_that_cannot_start_is_an_error(tmp_path, monkeypatch):
+    """Stops a recording without Vulkan, or one whose process was killed for memory, from waiting for ever."""
+    monkeypatch.setenv("VK_DRIVER_FILES", str(tmp_path / "none.json"))
+    monkeypatch.setenv("VK_ICD_FILENAMES", str(tmp_path / "none.json"))
+    with pytest.raises(BrokenProcessPool):
+        record(Args(output=str(tmp_path / "new"), num_scenes=2, **ARGS))
+    assert not (tmp_path / "new/trajectory.h5").exists()
 
 
 def test_variation():

@@ -84,6 +84,13 @@ def test_compare_counts_pairs_within_rows():
     assert ("dimension", "semantics") not in tests  # no rows, no test
 
 
+def test_one_dimension_is_one_hypothesis():
+    """Stops Holm from counting a dimension twice, once as itself and once as all that is out of distribution."""
+    a, b = ({name: row(name, s) for name in ("noise_weak", "noise_strong")} for s in ([0] * 10, [1] * 4 + [0] * 6))
+    (test,) = (test for test in report.compare(a, b) if test["kind"] == "dimension")
+    assert test["name"] == "vision" and test["p_holm"] == test["p"]
+
+
 def test_compare_refuses_unpaired_episodes():
     """Stops a paired test between policies that ran on different episodes."""
     a = {"noise_weak": row("noise_weak", [1, 0], ids=[3, 4])}

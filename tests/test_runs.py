@@ -75,6 +75,14 @@ def test_environments_must_split_over_ranks(monkeypatch):
         runs.check_rollout(3, 160, 40, 20)
 
 
+@pytest.mark.parametrize("wrong", [{"eval_every": -1}, {"eval_temperature": -0.6}, {"num_workers": -1}])
+def test_negative_numbers_are_refused(wrong):
+    """Stops -1 as "never", and an inverted policy whose best checkpoint is its worst."""
+    args = SimpleNamespace(**dict(name="", resume="", track=False, eval_every=0, eval_episodes=0) | wrong)
+    with pytest.raises(ValueError, match="= -.* must be >= 0"):
+        runs.check_run(args)
+
+
 def test_tracking_without_its_package(monkeypatch):
     """Stops --track from failing after the simulator has started."""
     monkeypatch.setattr(runs.importlib.util, "find_spec", lambda _: None)
@@ -206,9 +214,11 @@ def test_status_line_and_summary(tmp_path):
     metrics = {"train/success_at_end": 0.31, "train/success_once": 0.42, "charts/SPS": 118.2, "time/rollout_s": 41}
     line = logs.status_line(12, 300, metrics, 40.0)
     assert line == "iter 012/300 | success 0.31 (once 0.42) | 118 steps/s | rollout 41s | eta 3h12m"
+    (tmp_path / "args.json").write_text('{"dtype": "bfloat16"}')
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/return": 0.5}\n{"step": 2, "train/return": null}\n')
     text = logs.summary(tmp_path, 5120, 90, [0.25, 0.5], [["train/return"], ["losses/approx_kl"]])
-    assert "5,120 in 0h02m" in text and "0.250 -> 0.500" in text and "eval_ood.py --checkpoint" in text.splitlines()[-1]
+    assert "5,120 in 0h02m" in text and "0.250 -> 0.500" in text
+    assert f"eval_ood.py --checkpoint {tmp_path} --dtype bfloat16" in text, "evaluated as the run was"
     assert imageio.imread(tmp_path / "curve.png").shape[0] > 200
 
 

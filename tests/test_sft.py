@@ -191,13 +191,13 @@ def test_bad_data_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="val_demos = 10 leaves none of 10 episodes"):
         load_data(replace(small(), val_demos=10), model)
     with pytest.raises(ValueError, match="image_size = \\[160, 120\\], this run has \\[64, 48\\]"):
-        load_data(replace(small(), image_size=(64, 48)), model)
+        check_args(replace(small(), image_size=(64, 48)))
     shutil.copytree(recorded_demos(), tmp_path / "bridge")
     header = json.loads((tmp_path / "bridge/trajectory.json").read_text())
     header["settings"]["assets"] = "bridge"
     (tmp_path / "bridge/trajectory.json").write_text(json.dumps(header))
     with pytest.raises(ValueError, match="assets = bridge, this run has primitive"):
-        load_data(replace(small(), demos=(str(tmp_path / "bridge"),)), model)
+        check_args(replace(small(), demos=(str(tmp_path / "bridge"),)))
     assert "cleanvla" not in model.norm_stats, "refused data must not change the model"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/old/checkpoint-000001").mkdir(parents=True)

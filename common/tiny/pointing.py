@@ -17,6 +17,8 @@ import json
 import multiprocessing
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -49,8 +51,6 @@ class Args:
     task: str = "main"  # a row of common/tasks.py
     split: Literal["train", "test"] = "train"  # its configurations; those kept for evaluation are never drawn
     seed: int = 0
-    assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
-    image_size: tuple[int, int] = (160, 120)  # camera pixels (width, height)
     sim_freq: int = 250  # physics Hz, while the objects settle
     solver_iterations: int = 4  # of the contact solver
     fidelity: Literal["fixed", "published"] = "fixed"  # published = with the benchmark's known defects
@@ -170,7 +170,7 @@ def _scene(item):
 
 
 def record(args):
-    """Write the scenes of `args`; a scene depends on (seed, its number) alone. Returns the path of the .h5."""
+    """Write the scenes of `args`; one depends on (seed, num_scenes, its number) alone. Returns the path of the .h5."""
     final = Path(args.output) / "trajectory.h5"
     if final.exists():
         raise FileExistsError(f"{final} exists and is never overwritten; use another --output")
@@ -178,20 +178,20 @@ def record(args):
         raise ValueError(f"varied = {args.varied} is a share: it must be 0 to 1; use 0.5")
     if args.num_scenes < 1 or args.poses_per_scene < 1:
         raise ValueError(f"num_scenes = {args.num_scenes} and poses_per_scene = {args.poses_per_scene} must be >= 1")
-    env_kwargs = {key: getattr(args, key) for key in ("task", "split", "assets", "image_size", "sim_freq")}
-    env_kwargs |= {"solver_iterations": args.solver_iterations, "fidelity": args.fidelity}
+    env_kwargs = {"task": args.task, "split": args.split, "assets": "primitive", "image_size": (160, 120)}
+    env_kwargs |= {key: getattr(args, key) for key in ("sim_freq", "solver_iterations", "fidelity")}
     check_env_args(*env_kwargs.values())
     final.parent.mkdir(parents=True, exist_ok=True)
     ids = training_ids(args.task, args.split, args.num_scenes, np.random.default_rng(args.seed), args.fidelity)
-    settings = {k: v for k, v in asdict(args).items() if k not in ("output", "num_workers")}
+    settings = env_kwargs | {k: v for k, v in asdict(args).items() if k not in ("output", "num_workers")}
     temporary, episodes, answers, start = final.with_suffix(".tmp"), [], [], time.time()
     os.environ.setdefault("LP_NUM_THREADS", "1")  # software Vulkan would start a thread per core in every worker
-    pool = multiprocessing.get_context("spawn").Pool(
-        args.num_workers or len(os.sched_getaffinity(0)), _start,
+    pool = ProcessPoolExecutor(
+        args.num_workers or len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"), _start,
         (env_kwargs | {"shader_pack": args.shader_pack}, args.poses_per_scene, args.varied, args.image_format),
     )  # fmt: skip
-    with pool, h5py.File(temporary, "w") as file:
-        jobs = pool.imap(_scene, [([args.seed, k], int(i)) for k, i in enumerate(ids)], chunksize=8)
+    items = [([args.seed, k], int(i)) for k, i in enumerate(ids)]
+    with pool, h5py.File(temporary, "w") as file, closing(pool.map(_scene, items, chunksize=8)) as jobs:
         for k, (frames, classes, where, text, number) in enumerate(tqdm(jobs, total=len(ids), unit="scene")):
             if not frames:
                 continue
@@ -203,8 +203,7 @@ def record(args):
             group = file[f"traj_{len(episodes)}"]
             group.create_dataset("classes", data=classes, compression="gzip", compression_opts=1)
             group["places"], group.attrs["object"] = where, number
-            entry = json.loads(group.attrs["episode"])
-            episodes.append({"episode_id": len(episodes)} | entry)
+            episodes.append({"episode_id": len(episodes)} | json.loads(group.attrs["episode"]))
             answers.append(labels)
     header = {
         "source_type": "pointing", "source_desc": __doc__.splitlines()[0], "settings": settings, "episodes": episodes,
