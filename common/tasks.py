@@ -9,7 +9,7 @@ fidelity="published" gives the study's episodes, and its images at 640x480, with
 2. multi_plate. Published: all 21 tables in both splits, which mixes unseen tables into its rows. Fixed: tables 0-15.
 3. instruct test. Published: templates 1-16; 17-20 are written down but never used. Fixed: templates 1-20.
 4. Texture compositing. Published: resized to the largest foreground box of the batch, then cropped, so an image depends
-   on the other environments. Fixed: resized to the image's own foreground box.
+   on the other environments (on CPU each is a batch of its own). Fixed: resized to the image's own foreground box.
 Kept in both: float64 rounding decides which points exactly 0.150 m apart pass in TC and TP (else ids would shift).
 """
 
