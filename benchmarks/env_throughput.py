@@ -59,7 +59,7 @@ class FixedEpisode(gym.Wrapper):
 def maniskill_env(episode_id, one_thread, env_kwargs):
     """One environment as ManiSkill's CPU baselines make it."""
     if one_thread:
-        os.environ["LP_NUM_THREADS"] = "1"  # read when the renderer opens its device
+        os.environ["LP_NUM_THREADS"] = "0"  # read when the renderer opens its device
     import torch
     from mani_skill.utils.wrappers import CPUGymWrapper
 

@@ -17,12 +17,12 @@ import numpy as np
 import sapien
 import torch
 from mani_skill.envs.sapien_env import BaseEnv
-from mani_skill.utils.geometry.rotation_conversions import quaternion_to_matrix
 from mani_skill.utils.registration import register_env
 from mani_skill.utils.structs import Pose
 from mani_skill.utils.structs.types import SceneConfig, SimConfig
 
 from common.assets import load_pack
+from common.expert import quat_to_matrix
 from common.robot import INITIAL_QPOS, WidowX
 from common.tasks import composite, decode, get_task, instruction, num_configurations
 
@@ -203,9 +203,8 @@ class PutOnReceptacleEnv(BaseEnv):
 
         self.object_rest_pose = self._pose("object").clone()
         self.object_half, self.plate_half = self._half_extents("object"), self._half_extents("plate")
-        self._grasp_count = torch.zeros(self.num_envs, dtype=torch.int32, device=self.device)
-        self._ever_grasped = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
-        self._ever_held, self._ever_success = self._ever_grasped.clone(), self._ever_grasped.clone()
+        self._grasp_count = np.zeros(self.num_envs, dtype=int)
+        self._ever = {key: np.zeros(self.num_envs, dtype=bool) for key in ("grasped", "held", "success")}
         self._potential = torch.zeros(self.num_envs, device=self.device)
         self._load_images()
 
@@ -254,9 +253,9 @@ class PutOnReceptacleEnv(BaseEnv):
 
     def _half_extents(self, which):
         """World-axis half extents (B, 3) after settling; as published, the offset of the box centre is ignored."""
-        boxes = torch.as_tensor(self.bounding_boxes(which), dtype=torch.float32, device=self.device)
-        half = (boxes[:, 1] - boxes[:, 0]) / 2
-        return (quaternion_to_matrix(self._pose(which)[:, 3:]).abs() @ half[:, :, None])[:, :, 0]
+        boxes = self.bounding_boxes(which)
+        rotation = quat_to_matrix(self._pose(which)[:, 3:].cpu().numpy())
+        return (np.abs(rotation) @ ((boxes[:, 1] - boxes[:, 0]) / 2)[:, :, None])[:, :, 0]
 
     def instructions(self):
         """list[str] (B,)"""
@@ -322,42 +321,30 @@ class PutOnReceptacleEnv(BaseEnv):
             pose = np.concatenate([e.third_xyz, e.object_quat], axis=1)
             self._teleport_object(torch.as_tensor(pose, dtype=torch.float32, device=self.device), keep_velocity=True)
             self._simulate(MOVE_SUBSTEPS)
+        as_numpy = lambda tensor: tensor.cpu().numpy()  # noqa: E731  (sooner than torch for so few numbers)
         force = lambda a, b: self.scene.get_pairwise_contact_forces(a, b)  # noqa: E731
-        grasped = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
+        grasped = np.ones(self.num_envs, dtype=bool)
         for link, sign in ((self.agent.finger1_link, 1.0), (self.agent.finger2_link, -1.0)):
-            push = self._for_selected("object", lambda actor, link=link: force(link, actor))  # (B, 3)
-            opening = sign * _y_axis(link.pose.q)
-            newtons = push.norm(dim=1)
-            cosine = (push * opening).sum(1) / newtons.clamp(min=1e-9)
+            push = as_numpy(self._for_selected("object", lambda actor, link=link: force(link, actor)))  # (B, 3)
+            opening = sign * quat_to_matrix(as_numpy(link.pose.raw_pose[:, 3:]))[:, :, 1]
+            newtons = np.linalg.norm(push, axis=1)
+            cosine = (push * opening).sum(1) / np.maximum(newtons, 1e-9)
             grasped &= (newtons >= GRASP_FORCE_N) & (cosine >= np.cos(np.deg2rad(GRASP_ANGLE_DEG)))
-        self._grasp_count = torch.where(grasped, self._grasp_count + 1, 0)
-        held = self._grasp_count >= HELD_STEPS
-        offset = self._pose("object")[:, :3] - self._pose("plate")[:, :3]
-        xy_ok = offset[:, :2].norm(dim=1) <= self.plate_half.max(dim=1).values + XY_MARGIN_M
-        z_ok = (offset[:, 2] > 0) & (offset[:, 2] - self.plate_half[:, 2] - self.object_half[:, 2] <= Z_MARGIN_M)
-        contact = self._contact_object_plate(force)
-        success = xy_ok & z_ok & (contact > CONTACT_FORCE_N)
-        self._ever_grasped |= grasped
-        self._ever_held |= held
-        self._ever_success |= success
-        return {
-            "success": success,
-            "success_once": self._ever_success.clone(),
-            "grasped": self._ever_grasped.clone(),
-            "held": self._ever_held.clone(),
-        }
-
-    def _contact_object_plate(self, force):
-        """Contact force (B,) in newtons between the object and the receptacle in play."""
-        if not self.gpu_sim_enabled:
-            plate = self._in_play["plate", int(self.episodes.plate[0])]
-            return self._for_selected("object", lambda actor: force(actor, plate)).norm(dim=1)
-        per_plate = [
-            self._for_selected("object", lambda actor, k=k: force(actor, self._in_play["plate", int(k)])).norm(dim=1)
-            for k in np.unique(self.episodes.plate)
-        ]
-        row = torch.as_tensor(np.searchsorted(np.unique(self.episodes.plate), self.episodes.plate), device=self.device)
-        return torch.stack(per_plate)[row, torch.arange(self.num_envs, device=self.device)]
+        self._grasp_count = np.where(grasped, self._grasp_count + 1, 0)
+        x, y, z = as_numpy(self._pose("object")[:, :3] - self._pose("plate")[:, :3]).T
+        xy_ok = np.hypot(x, y) <= self.plate_half.max(axis=1) + XY_MARGIN_M
+        z_ok = (z > 0) & (z - self.plate_half[:, 2] - self.object_half[:, 2] <= Z_MARGIN_M)
+        plates, row = np.unique(self.episodes.plate, return_inverse=True)
+        touch = [
+            as_numpy(self._for_selected("object", lambda actor, k=k: force(actor, self._in_play["plate", int(k)])))
+            for k in plates
+        ]  # (B, 3) each
+        touch = np.linalg.norm(np.stack(touch)[row, np.arange(self.num_envs)], axis=1)
+        now = {"grasped": grasped, "held": self._grasp_count >= HELD_STEPS}
+        now["success"] = xy_ok & z_ok & (touch > CONTACT_FORCE_N)
+        self._ever = {key: self._ever[key] | now[key] for key in now}
+        info = self._ever | {"success": now["success"], "success_once": self._ever["success"]}
+        return {key: torch.as_tensor(value, device=self.device) for key, value in info.items()}
 
     def compute_dense_reward(self, obs, action, info):
         """(B,) float32: potential now minus potential one step ago; the return is 0, 0.1, 0.2, 1.1 or 1.2."""
@@ -376,12 +363,6 @@ class PutOnReceptacleEnv(BaseEnv):
             image, foreground, self.backgrounds, self.textures, self.mix, e.composite, e.ratio, self.fidelity
         )
         return {"sensor_data": sensor_data}
-
-
-def _y_axis(q):
-    """Second column (B, 3) of the rotation matrix of quaternions (B, 4)."""
-    w, x, y, z = q.unbind(dim=1)
-    return torch.stack([2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)], dim=1)
 
 
 def _parking(kind, index):

@@ -2,8 +2,8 @@
 
 import os
 
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS"):  # before torch and numpy are imported
-    os.environ.setdefault(variable, "1")
+for variable, threads in (("OMP_NUM_THREADS", "1"), ("OPENBLAS_NUM_THREADS", "1"), ("LP_NUM_THREADS", "0")):
+    os.environ.setdefault(variable, threads)  # before torch and numpy are imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for the network
 os.environ.setdefault("MPLBACKEND", "agg")
 

@@ -185,7 +185,7 @@ def record(args):
     ids = training_ids(args.task, args.split, args.num_scenes, np.random.default_rng(args.seed), args.fidelity)
     settings = env_kwargs | {k: v for k, v in asdict(args).items() if k not in ("output", "num_workers")}
     temporary, episodes, answers, start = final.with_suffix(".tmp"), [], [], time.time()
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # software Vulkan would start a thread per core in every worker
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # software Vulkan: no threads of its own, see `common/vec_env.py`
     pool = ProcessPoolExecutor(
         args.num_workers or len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"), _start,
         (env_kwargs | {"shader_pack": args.shader_pack}, args.poses_per_scene, args.varied, args.image_format),
