@@ -12,6 +12,7 @@ Its code was never released. Our decisions, explained in docs/dpo_vla.md:
  1. Each iteration collects with the current policy, pairs and optimises; `--num-iterations 1` is offline DPO.
  2. The exact gradient of a whole trajectory's loss in micro-batches of steps, by two passes.
  3. No second model: the reference is the adapter turned off, or the start's weights put in place for one scoring pass.
+ 4. `--nll-coef` adds the chosen trajectory's negative log-prob per step, against both of a pair becoming unlikely.
 """
 
 import os
@@ -84,6 +85,7 @@ class Args:
     tie_break: Literal["drop", "length"] = "drop"  # equal returns: no pair, or earlier success is better [D]
     reference: Literal["start", "previous"] = "start"  # pi_ref: start of the run [P], or the policy that collected
     beta: float = 0.1  # per nat of a trajectory's summed log-ratio; per step: multiply it by the number of steps [G]
+    nll_coef: float = 0.0  # of the chosen trajectory's negative log-prob per step (Pang et al. 2024, eq. 1: alpha) [D]
     window_steps: int = 0  # random windows of so many steps of both trajectories; 0 = whole trajectories; [G] 8
     learning_rate: float = 2e-5  # AdamW [G]
     anneal_lr: bool = False  # linear to 0 over the run [D]
@@ -117,6 +119,8 @@ def check_args(args):
         raise ValueError(f"num_trajectories = {k} must be >= 2 and divide the {n} environments of a rank; use 8 of 64")
     if args.pairs_per_state > k // 2:  # no trajectory is in two pairs
         raise ValueError(f"pairs_per_state = {args.pairs_per_state} exceeds num_trajectories // 2; use {k // 2}")
+    if args.nll_coef < 0:
+        raise ValueError(f"nll_coef = {args.nll_coef} must be >= 0; use 0 (DPO alone) or 1")
     if args.window_steps < 0 or t % (args.window_steps or t):
         raise ValueError(f"window_steps = {args.window_steps} must be 0 or divide max_episode_steps = {t}; use 8")
 
@@ -256,11 +260,12 @@ def update(model, optimizer, data, args, rng, run_dir, same):
                 for k, (row, start, stop) in enumerate(windows):
                     logprobs = torch.cat(list(score(model, data, row, start, stop, args)))
                     logratios[k] = (logprobs - ref_logprobs[row, start:stop]).sum()
-            losses, margins = dpo_loss(*logratios.requires_grad_().view(-1, 2).unbind(1), args.beta)
-            slopes = torch.autograd.grad(losses.sum() / len(minibatch), logratios)[0].tolist()
-            with torch.no_grad():
-                rewards = (args.beta * logratios).view(-1, 2).unbind(1)
-                sums = sums + torch.stack([x.sum() for x in (losses, *rewards, margins, (margins > 0).float())])
+            chosen, rejected = logratios.requires_grad_().view(-1, 2).unbind(1)
+            losses, margins = dpo_loss(chosen, rejected, args.beta)
+            objectives = losses - args.nll_coef * chosen / window  # the reference's part of `chosen` has no gradient
+            slopes = torch.autograd.grad(objectives.sum() / len(minibatch), logratios)[0].tolist()
+            stats = losses, args.beta * chosen, args.beta * rejected, margins, (margins > 0).float()
+            sums = sums + torch.stack([x.detach().sum() for x in stats])
             if same and not grad_norms:
                 first_margin = max(runs.gather_over_ranks(max(margins.abs().tolist(), default=0.0)))
                 if first_margin > args.margin_tolerance:

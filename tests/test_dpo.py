@@ -145,20 +145,22 @@ def test_learns_a_bandit_and_the_sign_matters(settings):
 def direct_gradient(model, data, args, rows, start, stop):
     """Gradient of the mean loss over pairs, by autograd through everything at once."""
     model.zero_grad()
-    logratios = []
+    sums = []
     for row in rows:
         steps = data["images"][row, start:stop], ["put"] * (stop - start), data["action_tokens"][row, start:stop]
-        logprobs = model.evaluate(*steps, args.temperature)[0]
-        logratios.append((logprobs - data["ref_logprobs"][row, start:stop]).sum())
-    logratios = torch.stack(logratios)
-    (-torch.nn.functional.logsigmoid(args.beta * (logratios[0::2] - logratios[1::2])).mean()).backward()
+        sums.append(model.evaluate(*steps, args.temperature)[0].sum())
+    sums = torch.stack(sums)
+    logratios = sums - data["ref_logprobs"][list(rows), start:stop].sum(1)
+    losses = -torch.nn.functional.logsigmoid(args.beta * (logratios[0::2] - logratios[1::2]))
+    (losses - args.nll_coef * sums[0::2] / (stop - start)).mean().backward()
     return [p.grad.clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 4, 100])
-def test_two_passes_give_the_direct_gradient(micro_batch_size, monkeypatch):
+@pytest.mark.parametrize(("micro_batch_size", "nll_coef"), [(1, 0.0), (4, 0.0), (100, 0.0), (4, 2.0)])
+def test_two_passes_give_the_direct_gradient(micro_batch_size, nll_coef):
     """Stops accumulation over steps from being another loss, which a loss that is not linear in them invites."""
     args = Args(beta=0.7, micro_batch_size=micro_batch_size, pairs_per_batch=100, max_grad_norm=1e9, temperature=0.8)
+    args.nll_coef = nll_coef
     model = Bandit(seed=3)  # not the reference: margins differ from pair to pair
     data, _ = bandit_data(model, args, reference=Bandit())
     wanted = direct_gradient(model, data, args, range(len(data["images"])), 0, 6)
@@ -331,6 +333,7 @@ def test_presets_parse_and_are_the_papers(capsys):
         (dict(pairs_per_state=5), "pairs_per_state = 5 exceeds num_trajectories // 2; use 4"),
         (dict(window_steps=7), "window_steps = 7 must be 0 or divide max_episode_steps = 40"),
         (dict(window_steps=-8), "window_steps = -8"),
+        (dict(nll_coef=-1.0), "nll_coef = -1.0 must be >= 0"),
         (dict(keep_pairs=-1), "keep_pairs = -1 must be >= 0"),
         (dict(beta=0.0), "beta = 0.0 must be > 0"),
         (dict(pairs_per_batch=0), "pairs_per_batch = 0"),
