@@ -192,7 +192,7 @@ def _views(memory, num_envs, height, width):
 
 def _worker(pipe, memory, rows, num_envs, env_kwargs):
     """Process main: owns the environments `rows`; answers ("ok", result) or ("error", traceback) to every message."""
-    os.environ.setdefault("LP_NUM_THREADS", "0")  # software Vulkan without threads of its own: the same pictures, sooner
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # software Vulkan: no threads of its own, the same pictures
     import torch
 
     torch.set_num_threads(1)
