@@ -85,7 +85,7 @@ class Args:
     tie_break: Literal["drop", "length"] = "drop"  # equal returns: no pair, or earlier success is better [D]
     reference: Literal["start", "previous"] = "start"  # pi_ref: start of the run [P], or the policy that collected
     beta: float = 0.1  # per nat of a trajectory's summed log-ratio; per step: multiply it by the number of steps [G]
-    nll_coef: float = 0.0  # of the chosen trajectory's negative log-prob per step (Pang et al. 2024, eq. 1: alpha) [D]
+    nll_coef: float = 0.0  # of the chosen trajectory's negative log-prob per step (Pang et al. 2024: alpha) [D]
     window_steps: int = 0  # random windows of so many steps of both trajectories; 0 = whole trajectories; [G] 8
     learning_rate: float = 2e-5  # AdamW [G]
     anneal_lr: bool = False  # linear to 0 over the run [D]
