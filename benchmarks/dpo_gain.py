@@ -2,10 +2,10 @@
 
     python dpo_vla.py --num-iterations 1 --eval-every 0 --seed 1 --name pairs-1
     python dpo_vla.py --num-iterations 1 --eval-every 0 --seed 2 --name pairs-2
-    python benchmarks/dpo_gain.py --settings "" "--learning-rate 5e-5" "--learning-rate 5e-5 --nll-coef 1"
+    python benchmarks/dpo_gain.py --settings "" learning-rate=5e-5 "learning-rate=5e-5 nll-coef=1"
 
-Each setting, flags of dpo_vla.py, updates the start on the first iteration's pairs of one run and is measured on those
-of the other, then the other way round; the line has the means over both. Per pair of trajectories, in nats:
+Each setting, flags of dpo_vla.py without their dashes, updates the start on the first iteration's pairs of one run and
+is measured on those of the other, then the other way round; the line has the means over both. Per pair, in nats:
 * log gain: log-ratio to the start of the chosen one less that of the rejected one, which the loss is made of;
 * ratio gain: sum over steps of (ratio - 1), chosen less rejected: the first-order gain if chosen steps are worth +1 and
   rejected ones -1. An action that has become impossible counts -1 here and any number above.
@@ -13,7 +13,6 @@ KL is per trajectory, of the start to the updated policy, by the estimator ratio
 """
 
 import json
-import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from common import pairs  # noqa: E402
 
 @dataclass
 class Args:
-    settings: tuple[str, ...] = ("",)  # flags of dpo_vla.py, a string and a line of the result each
+    settings: tuple[str, ...] = ("",)  # a line of the result each: "flag=value flag=value" of dpo_vla.py
     runs: tuple[str, str] = ("runs/pairs-1", "runs/pairs-2")  # of one start and temperature, with iteration 1's pairs
     torch_threads: int = 2
 
@@ -54,7 +53,7 @@ def main(args: Args):
     for key in ("model", "temperature"):
         if used[0][key] != used[1][key]:
             raise ValueError(f"{key} of the runs = {[run[key] for run in used]} must be equal; use runs of one start")
-    settings = [tyro.cli(dpo_vla.Args, args=shlex.split(setting)) for setting in args.settings]
+    settings = [tyro.cli(dpo_vla.Args, args=[f"--{flag}" for flag in setting.split()]) for setting in args.settings]
     settings = [replace(setting, temperature=used[0]["temperature"]) for setting in settings]
     torch.set_num_threads(args.torch_threads)
     start = used[0]["model"] or "checkpoints/tiny-warmup"
