@@ -55,6 +55,8 @@ def main(args: Args):
             raise ValueError(f"{key} of the runs = {[run[key] for run in used]} must be equal; use runs of one start")
     settings = [tyro.cli(dpo_vla.Args, args=[f"--{flag}" for flag in setting.split()]) for setting in args.settings]
     settings = [replace(setting, temperature=used[0]["temperature"]) for setting in settings]
+    for setting in settings:
+        dpo_vla.check_args(setting)
     torch.set_num_threads(args.torch_threads)
     start = used[0]["model"] or "checkpoints/tiny-warmup"
     load = lambda: load_vla(start, value_head=False, separate_critic=False, freeze_vision=True)  # noqa: E731

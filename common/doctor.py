@@ -71,7 +71,9 @@ def _torch() -> str:
 
 def _simulator() -> str:
     backend = renderer_backend()
-    physics = "physx_cuda, one batched simulation" if backend == "gpu" else "physx_cpu, worker processes"
+    fetched = any(Path.home().glob(".sapien/physx/*/libPhysXGpu_64.so"))
+    on_gpu = f"physx_cuda, one batched simulation{'' if fetched else ' (SAPIEN downloads its library on first use)'}"
+    physics = on_gpu if backend == "gpu" else "physx_cpu, worker processes"
     mesa = subprocess.getoutput("dpkg-query --show --showformat '${Version}' mesa-vulkan-drivers")
     return f"ManiSkill {version('mani_skill')}, {physics}; {check_renderer(backend, picture=True)}; Mesa {mesa}"
 

@@ -19,7 +19,7 @@ import torch
 from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.utils.registration import register_env
 from mani_skill.utils.structs import Pose
-from mani_skill.utils.structs.types import SceneConfig, SimConfig
+from mani_skill.utils.structs.types import GPUMemoryConfig, SceneConfig, SimConfig
 
 from common.assets import load_pack
 from common.expert import quat_to_matrix
@@ -83,11 +83,9 @@ class PutOnReceptacleEnv(BaseEnv):
         self.pack, self.image_size, self.fidelity = load_pack(assets), tuple(image_size), fidelity
         self.set_task(task, split)
         self._frequencies = (sim_freq, solver_iterations)
-        robot = type(
-            "PackWidowX",
-            (WidowX,),
-            {"urdf_path": str(self.pack.robot_urdf), "image_size": self.image_size, "shader_pack": shader_pack},
-        )
+        attributes = {"urdf_path": str(self.pack.robot_urdf), "image_size": self.image_size}
+        attributes |= {"shader_pack": shader_pack, "converges": fidelity == "fixed"}
+        robot = type("PackWidowX", (WidowX,), attributes)
         super().__init__(*args, robot_uids=robot, **kwargs)
 
     def set_task(self, task, split):
@@ -99,8 +97,10 @@ class PutOnReceptacleEnv(BaseEnv):
     @property
     def _default_sim_config(self):
         sim_freq, iterations = self._frequencies
-        scene = SceneConfig(solver_position_iterations=iterations)
-        return SimConfig(sim_freq=sim_freq, control_freq=CONTROL_FREQ, spacing=20, scene_config=scene)
+        # PhysX's own size of the collision stack: beyond ManiSkill's 4 MB contacts are lost, with a line on stderr.
+        settings = {"gpu_memory_config": GPUMemoryConfig(collision_stack_size=64 * 2**20), "spacing": 20}
+        settings |= {"scene_config": SceneConfig(solver_position_iterations=iterations)}
+        return SimConfig(sim_freq=sim_freq, control_freq=CONTROL_FREQ, **settings)
 
     def _load_agent(self, options):
         super()._load_agent(options, sapien.Pose(*BASE_POSE))
@@ -272,7 +272,8 @@ class PutOnReceptacleEnv(BaseEnv):
         base = self.agent.robot.pose
         state = {f"{which}_pose": as_numpy(self._pose(which)) for which in ("object", "plate")}
         nowhere = np.full_like(state["object_pose"], np.nan)
-        state["third_pose"] = as_numpy(self._pose("third")) if self.third_kind else nowhere
+        third_pose = as_numpy(self._pose("third")) if self.third_kind else nowhere
+        state["third_pose"] = np.where(self.episodes.third_index[:, None] < 0, nowhere, third_pose)
         state |= {f"{which}_bbox": self.bounding_boxes(which) for which in ("object", "plate")}
         state |= {f"{which}_index": np.asarray(getattr(self.episodes, which)) for which in ("object", "plate", "table")}
         state["tcp_pose"] = as_numpy(arm.ee_pose.raw_pose)

@@ -246,16 +246,19 @@ class GpuEnvs:
     """The same interface on one batched GPU simulation; resets are for all environments at once."""
 
     def __init__(self, num_envs, max_episode_steps, env_kwargs):
+        import torch
+
         from common.env import make_env
 
         self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
         self.image_size, self.fidelity = env_kwargs["image_size"], env_kwargs["fidelity"]
-        gpu = os.environ.get("LOCAL_RANK", "0")  # of torchrun: the one that `runs.setup_ranks` gives the model
+        # Of torchrun's ranks: the one that `runs.setup_ranks` gives the model, if that is on a GPU.
+        gpu = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
         self._env = make_env(num_envs, f"physx_cuda:{gpu}", f"gpu:{gpu}", **env_kwargs)
 
     def reset(self, episode_ids, env_ids=None):
-        if env_ids is not None and len(env_ids) != self.num_envs:
-            raise ValueError(f"reset of {len(env_ids)} of {self.num_envs} environments: on GPU all settle together")
+        if env_ids is not None and list(env_ids) != list(range(self.num_envs)):
+            raise ValueError(f"env_ids = {list(env_ids)} must be all {self.num_envs} in order: all settle together")
         obs, _ = self._env.reset(options={"episode_ids": np.asarray(episode_ids)})
         self._return = np.zeros(self.num_envs, np.float32)
         return self._images(obs), self._env.instructions()

@@ -1,5 +1,6 @@
 """The environment in the real simulator: geometry, success and reward by real contacts, episodes fixed by their id."""
 
+import contextlib
 import os
 import signal
 import time
@@ -125,6 +126,28 @@ def test_cpu_controller_equals_maniskill(env):
                 env.scene.step()
         targets.append([float(joint._objs[0].drive_target[0]) for joint in env.agent.robot.active_joints])
     np.testing.assert_allclose(targets[0], targets[1], atol=1e-4)
+
+
+def test_gpu_controller_converges(env):
+    """Stops the GPU's controller, whose solver makes one step, from being another one than the CPU's: same targets."""
+    arm = env.agent.controller.controllers["arm"]
+    kinematics, (cpu, once, twice) = arm.kinematics, ([], [], [])
+    for action in ((0.02, -0.01, -0.04, 0.02, -0.03, 0.2, 1.0), (0.0, 0.04, 0.0, 0.0, 0.05, -0.3, -1.0)):
+        env.reset(options={"episode_ids": [9]})
+        super(type(env.agent).__mro__[1], env.agent).set_action(torch.tensor([action]))
+        cpu.append(arm._target_qpos[0].tolist())
+        env.reset(options={"episode_ids": [9]})
+        saved = dict(vars(kinematics))
+        kinematics._setup_gpu()  # ManiSkill's solver for the GPU, which runs on any device
+        try:
+            super(type(env.agent).__mro__[1], env.agent).set_action(torch.tensor([action]))
+            once.append(arm._target_qpos[0].tolist())
+            env.agent.converge()
+            twice.append(arm._target_qpos[0].tolist())
+        finally:
+            vars(kinematics).update(saved)
+    assert np.abs(np.subtract(once, cpu)).max() > 5e-3  # rad
+    np.testing.assert_allclose(twice, cpu, atol=5e-4)
 
 
 def test_episode_is_fixed_by_its_id(four_envs):
@@ -263,3 +286,31 @@ def test_wrong_shapes_are_refused(four_envs):
         four_envs.step(np.zeros((1, 7), np.float32))
     with pytest.raises(ValueError, match="same shape"):
         four_envs.reset(np.array([1, 2]))
+
+
+@pytest.mark.gpu
+def test_gpu_simulation_is_the_same_benchmark():
+    """Stops one batched GPU simulation from being another benchmark: rest poses, pictures, the expert's success."""
+    ids, finals = np.arange(8) * 90001, {}
+    for device in ("cpu", "cuda"):
+        envs, expert = make_envs(num_envs=8, max_episode_steps=50, device=device), Expert(8)
+        try:
+            images, instructions = envs.reset(ids)
+            first = envs.privileged_state()
+            with pytest.raises(ValueError, match="env_ids") if device == "cuda" else contextlib.nullcontext():
+                envs.reset(ids[:1], np.array([0]))
+            envs.reset(ids)
+            expert.reset()
+            dones = np.zeros(8, bool)
+            while not dones.all():  # the last steps idle: success must last while the object is at rest
+                _, _, dones, infos = envs.step(expert.act(envs.privileged_state()))
+            finals[device] = images, instructions, first, infos["success"].sum()
+        finally:
+            envs.close()
+    (images, texts, first, success), (gpu_images, gpu_texts, gpu_first, gpu_success) = finals.values()
+    assert texts == gpu_texts and gpu_images.shape == images.shape and gpu_images.dtype == np.uint8
+    assert np.abs(images.astype(float) - gpu_images).mean() < 5  # of 255; two renderers
+    for key in ("plate_pose", "tcp_pose"):
+        np.testing.assert_allclose(gpu_first[key][:, :3], first[key][:, :3], atol=0.003)
+    assert np.median(np.linalg.norm(gpu_first["object_pose"] - first["object_pose"], axis=1)) < 0.02  # some roll
+    assert success >= 7 and gpu_success >= success - 1
