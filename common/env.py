@@ -97,7 +97,7 @@ class PutOnReceptacleEnv(BaseEnv):
     @property
     def _default_sim_config(self):
         sim_freq, iterations = self._frequencies
-        # PhysX's own size of the collision stack: beyond ManiSkill's 4 MB contacts are lost, with a line on stderr.
+        # PhysX's own size of the collision stack: beyond ManiSkill's 4 MB contacts may be lost, with a log line.
         settings = {"gpu_memory_config": GPUMemoryConfig(collision_stack_size=64 * 2**20), "spacing": 20}
         settings |= {"scene_config": SceneConfig(solver_position_iterations=iterations)}
         return SimConfig(sim_freq=sim_freq, control_freq=CONTROL_FREQ, **settings)
