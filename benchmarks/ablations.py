@@ -31,7 +31,7 @@ SETTINGS = {
     "gamma = lambda = 1": "--gamma 1 --gae-lambda 1",
     "without warm-up": "--model checkpoints/tiny-pretrained",
 }
-LAST = 4  # iterations that the table averages over
+WINDOWS = (4, 7), (7, 9), (9, 12)  # iterations 5 to 7, 8 and 9, 10 to 12, over which the table averages success
 
 
 @dataclass
@@ -78,12 +78,17 @@ def main(args: Args):
             "peak_ram_gb": column("system/peak_ram_gb"),
         }
         write_atomic(Path(args.output), lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
-    print(f"| setting | success, last {LAST} | explained variance | KL | update, s | peak GB |")
-    print("|---|---|---|---|---|---|")
+    headings = " | ".join(f"success, {first + 1}-{last}" for first, last in WINDOWS)
+    print(f"| setting | iterations | {headings} | explained variance | KL | update, s | peak GB |")
+    print("|---" * (6 + len(WINDOWS)) + "|")
+    early = slice(*WINDOWS[0])  # the other columns: the policy trains, every run that was cut short has them
     for name, values in results["settings"].items():
-        keys = "success_at_end", "explained_variance", "approx_kl", "update_s"
-        cells = [np.mean(values[key][-LAST:]) for key in keys]
-        print("| {} | {:.2f} | {:.2f} | {:.3f} | {:.0f} | {:.1f} |".format(name, *cells, max(values["peak_ram_gb"])))
+        success = [values["success_at_end"][first:last] for first, last in WINDOWS]
+        cells = [f"{np.mean(window):.2f}" if window else "-" for window in success]
+        for key, digits in ("explained_variance", 2), ("approx_kl", 3), ("update_s", 0):
+            cells.append(f"{np.mean(values[key][early]):.{digits}f}")
+        cells.append(f"{max(values['peak_ram_gb'][early]):.1f}")
+        print("|", name, "|", len(values["success_at_end"]), "|", " | ".join(cells), "|")
 
 
 if __name__ == "__main__":
