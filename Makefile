@@ -22,6 +22,10 @@ demo: setup
 SHIP = $(PY) -c "import sys, torch; from common.vla import *; \
 	save_vla(load_vla(sys.argv[1], dtype=torch.bfloat16, value_head=False, trainable=False), sys.argv[2])"
 
+# the dtype of matmuls that is fast here: a processor without AMX or AVX512-BF16 emulates bfloat16
+FAST_BFLOAT16 = nvidia-smi -L || grep -E 'amx_bf16|avx512_bf16' /proc/cpuinfo
+DTYPE ?= $(shell ($(FAST_BFLOAT16)) >/dev/null 2>&1 && echo bfloat16 || echo float32)
+
 # makes checkpoints/tiny-pretrained again; training takes 6 minutes of an H100, or about 5 hours of two cores, where
 # it is: make pretrained PRETRAIN=".venv/bin/torchrun --nproc-per-node 2"; see docs/demos.md
 PRETRAIN ?= $(PY)
@@ -36,16 +40,14 @@ demos/pointing-two/trajectory.json: | setup
 
 runs/tiny-pretrained-wide/config.json: demos/pointing/trajectory.json demos/pointing-two/trajectory.json
 	$(PRETRAIN) -m common.tiny.pretrain --batch-size 512 --eyes-updates 2613 --pointing-updates 3015 \
-		--output runs/tiny-pretrained-wide
+		--dtype $(DTYPE) --output runs/tiny-pretrained-wide
 
 runs/tiny-pretrained/config.json: runs/tiny-pretrained-wide/config.json
 	$(PRETRAIN) -m common.tiny.pretrain --batch-size 512 --eyes-updates 0 --pointing-updates 5000 --label-std 2 \
-		--model runs/tiny-pretrained-wide --output runs/tiny-pretrained
+		--dtype $(DTYPE) --model runs/tiny-pretrained-wide --output runs/tiny-pretrained
 
-# the dtype of matmuls that is fast here: without AMX or AVX512-BF16 a processor emulates bfloat16
-DTYPE ?= $(shell grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo && echo bfloat16 || echo float32)
-
-# makes checkpoints/tiny-warmup again from checkpoints/tiny-pretrained, 12 minutes on two cores; see results/warmup
+# makes checkpoints/tiny-warmup again from checkpoints/tiny-pretrained and replaces it; a second time needs
+# runs/tiny-warmup removed. Its steps took 12 minutes on two cores with AMX; see results/warmup
 warmup: setup
 	$(PY) -m common.demos --num-demos 1000 --num-envs 32 --max-episode-steps 60 --action-noise 0.015 \
 		--blunder-probability 0.04 --output demos/warmup

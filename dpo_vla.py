@@ -4,7 +4,7 @@
     python dpo_vla.py --preset paper --dry-run            # OpenVLA-7B: the plan, nothing is loaded
     torchrun --nproc-per-node 2 dpo_vla.py --num-envs 64  # the same update, states and pairs split over ranks
     python dpo_vla.py --resume runs/NAME                  # continues exactly
-    python -m common.pairs --path runs/NAME/pairs/000001.npz --pair 3    # video: chosen left, rejected right
+    python -m common.pairs --path runs/NAME/pairs/000085.npz --pair 3    # video: chosen left, rejected right
 
 The paper takes GRAPE's loss (Zhang et al. 2024; DPO: Rafailov et al. 2023) for trajectories that share the first state:
     L = -log sigmoid(beta [log pi(tau_w)/pi_ref(tau_w) - log pi(tau_l)/pi_ref(tau_l)]), tau_w has the higher return.
@@ -52,7 +52,7 @@ class Args:
     split: Literal["train", "test"] = "train"  # its configurations
     assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
     num_envs: int = 64  # over all ranks, a multiple of num_trajectories [P]
-    max_episode_steps: int = 40  # control steps of 0.2 s; the expert needs 26; [P] 80 [M]
+    max_episode_steps: int = 40  # control steps of 0.2 s; the expert needs 20; [P] 80 [M]
     image_size: tuple[int, int] = (160, 120)  # camera pixels (width, height); [P] 640 480 [M]
     sim_freq: int = 250  # physics Hz; [P] 500 [M]
     solver_iterations: int = 4  # of the contact solver; [P] 15 [M]
@@ -316,7 +316,7 @@ def main(args: Args):
         adapter=None if checkpoint else args.adapter or None, separate_critic=False, value_head=False, seed=args.seed,
         freeze_vision=args.freeze_vision,
     )  # fmt: skip
-    model.backbone.activation_checkpointing = args.activation_checkpointing
+    model.checkpoint_activations(args.activation_checkpointing)
     unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key, args.assets)
     params = {name: p for name, p in model.backbone.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=args.learning_rate, weight_decay=args.weight_decay)
@@ -324,7 +324,7 @@ def main(args: Args):
     # A new adapter turned off is the start; what was trained before, a loaded adapter too, must be kept on disk.
     progress["start_is_base"] = args.lora_rank > 0 and model.source.adapter is None
     if checkpoint:
-        state = runs.load_training_state(checkpoint, device)
+        state = runs.load_training_state(checkpoint)
         runs.load_optimizer(optimizer, state["optimizer"])
         progress = state["progress"]
 

@@ -49,7 +49,7 @@ class Args:
     episode_ids: tuple[int, ...] = ()  # train and evaluate on these alone: a check of the algorithm; empty = all [D]
     assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
     num_envs: int = 64  # over all ranks [P]
-    max_episode_steps: int = 40  # control steps of 0.2 s; the expert needs 26; [P] 80 [M]
+    max_episode_steps: int = 40  # control steps of 0.2 s; the expert needs 20; [P] 80 [M]
     image_size: tuple[int, int] = (160, 120)  # camera pixels (width, height); [P] 640 480 [M]
     sim_freq: int = 250  # physics Hz; [P] 500 [M]
     solver_iterations: int = 4  # of the contact solver; [P] 15 [M]
@@ -121,7 +121,8 @@ def check_args(args):
     runs.check_rollout(args.num_envs, args.num_steps, args.max_episode_steps, args.num_minibatches, **positive)
     runs.check_run(args)
     if args.group_size < 2 or args.num_envs % args.group_size:
-        raise ValueError(f"group_size = {args.group_size} must divide num_envs = {args.num_envs} and be >= 2; use 8")
+        fix = f"use {max(2, args.num_envs)} or another divisor of it"
+        raise ValueError(f"group_size = {args.group_size} must divide num_envs = {args.num_envs} and be >= 2; {fix}")
     if not 0 <= (low := args.filter_low) <= (high := args.filter_high) <= 1:
         raise ValueError(f"filter_low = {low} must be <= filter_high = {high}, both in 0 to 1; use 0.1 and 0.9")
 
@@ -289,7 +290,7 @@ def main(args: Args):
         adapter=None if checkpoint else args.adapter or None, separate_critic=False, value_head=False, seed=args.seed,
         freeze_vision=args.freeze_vision,
     )  # fmt: skip
-    model.backbone.activation_checkpointing = args.activation_checkpointing
+    model.checkpoint_activations(args.activation_checkpointing)
     unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key, args.assets)
     params = {"policy": model.trainable_parameters()["policy"]}
     learning_rates = {"policy": args.learning_rate}
@@ -298,7 +299,7 @@ def main(args: Args):
     progress = {"iteration": 0, "seconds": 0.0, "evaluations": []}  # evaluations: success at end on the paired list
     progress["start"] = model_name, args.adapter or None, args.seed  # the reference of a resumed run too
     if checkpoint:
-        state = runs.load_training_state(checkpoint, device)
+        state = runs.load_training_state(checkpoint)
         runs.load_optimizer(optimizer, state["optimizer"])
         progress = state["progress"]
     reference = runs.start_policy(model, *progress["start"]) if args.kl_coef > 0 else None

@@ -14,7 +14,7 @@ state h0 at the last prompt token. Departures from the paper's code, explained i
  5. Training and evaluation episodes are disjoint, and evaluation episodes are the same for every policy.
  6. The default's critic reads the simulator's state, not h0 (`--value-input`): a policy gradient of less noise.
  7. An environment's random stream depends on (seed, iteration, environment) alone: resume is exact, and any number of
-    ranks or workers makes the same rollout.
+    ranks or workers draws the same numbers (logits are rounded as the batch's shape has it).
 Sibling: `diff ppo_vla.py grpo_vla.py` shows the algorithm and nothing else.
 """
 
@@ -56,7 +56,7 @@ class Args:
     episode_ids: tuple[int, ...] = ()  # train and evaluate on these alone: a check of the algorithm; empty = all [D]
     assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
     num_envs: int = 64  # over all ranks [P]
-    max_episode_steps: int = 40  # control steps of 0.2 s; the expert needs 26; [P] 80 [M]
+    max_episode_steps: int = 40  # control steps of 0.2 s; the expert needs 20; [P] 80 [M]
     image_size: tuple[int, int] = (160, 120)  # camera pixels (width, height); [P] 640 480 [M]
     sim_freq: int = 250  # physics Hz; [P] 500 [M]
     solver_iterations: int = 4  # of the contact solver; [P] 15 [M]
@@ -130,8 +130,8 @@ def check_args(args):
     positive = {name: getattr(args, name) for name in (*positive.split(), "huber_delta", "max_grad_norm")}
     runs.check_rollout(args.num_envs, args.num_steps, args.max_episode_steps, args.num_minibatches, **positive)
     runs.check_run(args)
-    if args.value_input == "state" and args.separate_critic:
-        raise ValueError("separate_critic = True copies the backbone, value_input = 'state' needs none; use 'h0'")
+    if args.separate_critic and args.value_input != "h0":
+        raise ValueError(f"separate_critic = True reads 'h0' of its own backbone, not {args.value_input!r}; use 'h0'")
     if args.reset_after_success < 0:
         raise ValueError(f"reset_after_success = {args.reset_after_success} must be >= 0; use 0 (never) or 3")
     if args.reset_after_success and args.sim_device == "cuda":
@@ -282,6 +282,8 @@ def update(model, optimizer, batch, args, rng, run_dir):
             )
         if args.target_kl is not None and sums[4] / minibatch_size > args.target_kl:
             break  # the same sum on every rank; this minibatch is dropped
+        if not any(p.requires_grad for p in parameters):
+            break  # the value warm-up of a state critic: nothing steps, one minibatch has checked the ratio
         runs.sum_gradients(parameters)
         grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item())
         if not np.isfinite(grad_norms[-1]):
@@ -322,7 +324,7 @@ def main(args: Args):
         adapter=None if checkpoint else args.adapter or None, value_input=args.value_input,
         separate_critic=args.separate_critic, seed=args.seed, freeze_vision=args.freeze_vision,
     )  # fmt: skip
-    model.backbone.activation_checkpointing = args.activation_checkpointing
+    model.checkpoint_activations(args.activation_checkpointing)
     unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key, args.assets)
     params = model.trainable_parameters()
     learning_rates = {"policy": args.learning_rate, "value": args.value_learning_rate}
@@ -330,7 +332,7 @@ def main(args: Args):
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
     progress = {"iteration": 0, "seconds": 0.0, "evaluations": []}  # evaluations: success at end on the paired list
     if checkpoint:
-        state = runs.load_training_state(checkpoint, device)
+        state = runs.load_training_state(checkpoint)
         runs.load_optimizer(optimizer, state["optimizer"])
         progress = state["progress"]
 

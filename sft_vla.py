@@ -51,7 +51,7 @@ class Args:
     split: Literal["train", "test"] = "train"  # its configurations
     assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
     num_envs: int = 32  # over all ranks
-    max_episode_steps: int = 40  # control steps of 0.2 s; the expert needs 26; [P] 80 [M]
+    max_episode_steps: int = 40  # control steps of 0.2 s; the expert needs 20; [P] 80 [M]
     image_size: tuple[int, int] = (160, 120)  # camera pixels (width, height), those of the demonstrations; [P] 640 480
     sim_freq: int = 250  # physics Hz; [P] 500 [M]
     solver_iterations: int = 4  # of the contact solver; [P] 15 [M]
@@ -259,14 +259,14 @@ def main(args: Args):
         adapter=None if checkpoint else args.adapter or None, value_head=False, seed=args.seed,
         merge_adapter=args.merge_adapter and not checkpoint,
     )  # fmt: skip
-    model.backbone.activation_checkpointing = args.activation_checkpointing
+    model.checkpoint_activations(args.activation_checkpointing)
     data, train_rows, val_rows, unnorm_key = load_data(args, model)
     params = model.trainable_parameters()["policy"]
     optimizer = torch.optim.AdamW(params, lr=args.learning_rate, weight_decay=args.weight_decay)
     progress = {"iteration": 0, "seconds": 0.0, "evaluations": []}  # evaluations: success at end on the paired list
     progress["samples"] = [len(train_rows), len(val_rows)]
     if checkpoint:
-        state = runs.load_training_state(checkpoint, device)
+        state = runs.load_training_state(checkpoint)
         runs.load_optimizer(optimizer, state["optimizer"])
         if (now := progress["samples"]) != (then := state["progress"]["samples"]):
             fix = "give --num-demos, or start a new run"

@@ -1,11 +1,12 @@
 """The study's ablations of PPO: short runs of ppo_vla.py from one start, one flag changed in each.
 
-    python benchmarks/ablations.py                      # all, on two cores about an hour
-    python benchmarks/ablations.py --only default h0    # some of SETTINGS
+    python benchmarks/ablations.py --output runs/ablations.json  # all, on two cores 1.5 to 3 hours
+    python benchmarks/ablations.py --dtype bfloat16 --only  # the table of results/ppo/ablations.json
 
-A run that is there already, from a call that was interrupted, is resumed or read. Prints a table and writes
-results/ppo/ablations.json; settings that it has from calls with the same arguments stay. A separate critic is trained
-at `--value-learning-rate`, ten times that of the policy, backbone included: its row differs in that too.
+A run that is there already, from a call that was interrupted, is resumed or read. `--only default h0` runs some of
+SETTINGS. Settings that the output has from calls with the same arguments stay; a file of others is refused. A separate
+critic is trained at `--value-learning-rate`, ten times that of the policy, backbone included: its row differs in that
+too.
 """
 
 import json
@@ -63,9 +64,12 @@ def run(name, args):
 def main(args: Args):
     if unknown := [name for name in args.only if name not in SETTINGS]:
         raise ValueError(f"only = {unknown} must be among {list(SETTINGS)}")
-    same = {key: value for key, value in vars(args).items() if key != "only"}
-    before = json.loads(Path(args.output).read_text()) if Path(args.output).exists() else {"arguments": None}
-    results = {"arguments": same, "settings": before["settings"] if before["arguments"] == same else {}}
+    same = {key: value for key, value in vars(args).items() if key not in ("only", "output")}
+    results = {"arguments": same, "settings": {}}
+    if Path(args.output).exists():
+        results = json.loads(Path(args.output).read_text())
+        if (was := results["arguments"]) != same:
+            raise ValueError(f"{args.output} is of other arguments, {was}; repeat these or choose another --output")
     for name in args.only:
         rows = run(name, args)
         column = lambda key, rows=rows: [row.get(key) for row in rows]  # noqa: E731

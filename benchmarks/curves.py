@@ -1,6 +1,6 @@
 """Success against environment steps of several runs in one figure: the curves of README and docs.
 
-python benchmarks/curves.py PPO=results/ppo/seed1,results/ppo/seed2 GRPO=results/grpo/seed1 --output figure.png
+python benchmarks/curves.py PPO=results/ppo/seed1,results/ppo/seed2 --output figure.png
 """
 
 import json

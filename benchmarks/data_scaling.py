@@ -1,6 +1,6 @@
 """Success of behaviour cloning against the number of demonstrations, in and out of distribution: the study's figure 6.
 
-python benchmarks/data_scaling.py 100=results/sft/100 400=results/sft/400 --output docs/images/data_scaling.png
+python benchmarks/data_scaling.py 125=results/sft/125 1000=results/sft/1000 --output docs/images/data_scaling.png
 
 Reads results.json of eval_ood.py; prints the table of docs/sft_vla.md. Rows of a dimension are pooled for its interval.
 """

@@ -84,7 +84,7 @@ def main(args: Args) -> dict:
         model = random_7b(args.device, dtype, args.lora_rank)
     else:
         model = load_vla(args.model, args.device, dtype, args.lora_rank)
-    model.backbone.activation_checkpointing = args.activation_checkpointing
+    model.checkpoint_activations(args.activation_checkpointing)
     frames = np.random.default_rng(0).integers(0, 256, (max(args.act_batch, args.batch), 120, 160, 3), dtype=np.uint8)
     words = "put carrot on plate" + " on the plate" * (4 if args.model == "random-7b" else 0)
     images, instructions = model.fit_images(frames), [words] * len(frames)

@@ -121,7 +121,7 @@ def summary(run_dir, steps, seconds, evaluations, panels, unit="environment step
         "success at end": " -> ".join(f"{value:.3f}" for value in evaluations) or "not evaluated",
         "peak memory": ", ".join(f"{key.split('_')[1]} {size:.1f} GB" for key, size in peak_memory().items()),
         "files": f"{run_dir}: curve.png, videos/, metrics.jsonl, best and last checkpoint",
-        "next": f"python eval_ood.py --checkpoint {run_dir} --dtype {dtype} --output results/{Path(run_dir).name}",
+        "next": f"python eval_ood.py --checkpoint {run_dir} --dtype {dtype} --output {run_dir}/eval",
     }
     return "\n".join(f"{key:<18}| {value}" for key, value in table.items())
 

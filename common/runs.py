@@ -21,7 +21,12 @@ import torch.distributed as dist
 import tyro
 
 # --- command line ---
-FIXED = "preset name model adapter seed num_envs num_steps num_updates".split()  # what --resume must not change
+# What --resume must not change: the rollouts, which weights train, and what the best checkpoint is the best of.
+FIXED = """preset name model adapter seed num_envs num_steps num_updates lora_rank lora_targets freeze_vision
+    value_input separate_critic task split episode_ids eval_episodes eval_temperature""".split()
+NOT_NEGATIVE = """eval_every eval_temperature num_videos num_workers lora_rank weight_decay kl_coef keep_pairs gamma
+    gae_lambda learning_rate value_learning_rate clip_coef clip_low clip_high value_clip_coef ratio_tolerance
+    margin_tolerance""".split()
 
 
 def parse_args(args_class, presets, argv=None):
@@ -74,9 +79,16 @@ def check_rollout(num_envs, num_steps, max_episode_steps, num_minibatches, **pos
 def check_run(args):
     """ValueError: a number is negative, runs/<name> holds another run, a rank has nothing to evaluate, no tracking."""
     name, ranks = args.name, int(os.environ.get("WORLD_SIZE", 1))
-    for key in "eval_every eval_temperature num_videos num_workers lora_rank weight_decay kl_coef keep_pairs".split():
-        if (value := getattr(args, key, 0)) < 0:
+    for key in NOT_NEGATIVE:
+        if (value := getattr(args, key, None) or 0) < 0:
             raise ValueError(f"{key} = {value} must be >= 0; leave it out for the default")
+    for key in ("gamma", "gae_lambda"):
+        if (value := getattr(args, key, 1)) > 1:
+            raise ValueError(f"{key} = {value} must be <= 1; leave it out for the default")
+    if (limit := getattr(args, "target_kl", None)) is not None and limit <= 0:
+        raise ValueError(f"target_kl = {limit} would drop every minibatch; use 0.03, or leave it out for no limit")
+    if min(getattr(args, "episode_ids", None) or [0]) < 0:
+        raise ValueError(f"episode_ids = {args.episode_ids} must be >= 0; an id is a number of docs/benchmark.md")
     if name and not args.resume and any(Path("runs", name).glob("checkpoint-*")):
         fix = f"use --resume runs/{name} or another --name"
         raise ValueError(f"runs/{name} holds a run, which is never overwritten; {fix}")
@@ -183,11 +195,13 @@ def sum_gradients(parameters):
     parameters = [p for p in parameters if p.requires_grad]
     if not dist.is_initialized() or not parameters:  # none: the policy in the value warm-up
         return
-    # A rank may hold no sample of a minibatch; it contributes zeros.
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    # A rank may hold no sample of a minibatch; it contributes zeros. What has no gradient on any rank keeps none.
+    used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    flat = torch.cat([used, *((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters)])
     dist.all_reduce(flat)
-    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = gradient.view_as(parameter)
+    used, *gradients = flat.split([len(parameters), *(p.numel() for p in parameters)])
+    for parameter, count, gradient in zip(parameters, used.tolist(), gradients, strict=True):
+        parameter.grad = gradient.view_as(parameter) if count else None
 
 
 # --- training checkpoints ---
@@ -200,7 +214,7 @@ def find_checkpoint(run_dir, kind="checkpoint"):
 
 
 def save_checkpoint(run_dir, kind, number, save_model, state):
-    """Writes run_dir/<kind>-<number>, whole or not at all, then removes older ones of this kind.
+    """Writes run_dir/<kind>-<number>, whole or not at all, then removes all others of this kind.
 
     All is written and flushed under a temporary name and published by a rename, so a kill at any time leaves the
     previous checkpoint in place. Args: save_model(directory) writes the weights; state: dict of tensors, plain values.
@@ -220,21 +234,21 @@ def save_checkpoint(run_dir, kind, number, save_model, state):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     if final.exists():  # the best of an iteration that is done a second time after a resume
-        shutil.rmtree(final)
+        os.rename(final, temporary.with_suffix(".tmp.old"))
     os.rename(temporary, final)
-    for older in sorted(run_dir.glob(f"{kind}-[0-9]*"))[:-1]:
-        shutil.rmtree(older)
+    for other in {*run_dir.glob(f"{kind}-[0-9]*"), *run_dir.glob(".*.tmp*")} - {final}:
+        shutil.rmtree(other)
 
 
-def load_training_state(directory, device):
-    """The state given to `save_checkpoint`; also restores the global random number generators."""
-    state = torch.load(Path(directory) / "training_state.pt", map_location=device, weights_only=True)
+def load_training_state(directory):
+    """The state given to `save_checkpoint`, on the CPU; also restores the global random number generators."""
+    state = torch.load(Path(directory) / "training_state.pt", map_location="cpu", weights_only=True)
     rng = state.pop("rng")
-    torch.set_rng_state(rng["torch"].cpu())
+    torch.set_rng_state(rng["torch"])
     np.random.set_state(tuple(rng["numpy"]))
     random.setstate(rng["python"])
     if len(rng["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([cuda.cpu() for cuda in rng["cuda"]])
+        torch.cuda.set_rng_state_all(rng["cuda"])
     return state
 
 

@@ -52,7 +52,7 @@ class Backbone(nn.Module):
         self.language_model = LlamaForCausalLM(llama)
         end = llama.vocab_size - config["pad_to_multiple_of"]
         self.bins = slice(end - config["n_action_bins"], end)  # ids of the action tokens; a higher id is a lower action
-        self.activation_checkpointing = False  # True: evaluate recomputes each block in backward, for memory
+        self.activation_checkpointing = False  # True: each block is computed again in backward, for memory
 
     def recompute(self, block, x):
         if self.activation_checkpointing and torch.is_grad_enabled():
@@ -162,6 +162,10 @@ class VLA(nn.Module):
         ids = torch.tensor([[row[0], *[pad] * (longest - len(row)), *row[1:]] for row in rows])
         return ids.to(self.device), (ids != pad).to(self.device)
 
+    def checkpoint_activations(self, on):
+        for part in (self.backbone, self.critic or self.backbone):
+            part.activation_checkpointing = on
+
     def fit_images(self, images):
         """(N, H, W, 3) uint8 of any size -> what the model sees. Idempotent: a rollout buffer stores the result."""
         images = torch.as_tensor(images).to(self.device)
@@ -171,7 +175,8 @@ class VLA(nn.Module):
     def rollout_inputs(self, images):
         """(N, H, W, 3) uint8 -> what a rollout keeps for the update: `fit_images` of them or, where the small model's
         eyes are frozen, the image tokens (N, P, D): they will not change, and are smaller than the pixels."""
-        images, eyes = self.fit_images(images), (self.backbone.vision_backbone, self.backbone.projector)
+        images, owners = self.fit_images(images), (self.backbone, self.critic or self.backbone)
+        eyes = [part for owner in owners for part in (owner.vision_backbone, owner.projector)]
         if not isinstance(eyes[0], ConvStem) or any(p.requires_grad for part in eyes for p in part.parameters()):
             return images
         with self.autocast():

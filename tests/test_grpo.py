@@ -340,7 +340,7 @@ def test_presets_parse_and_are_the_papers(capsys):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(group_size=5), "group_size = 5 must divide num_envs = 64 and be >= 2; use 8"),
+        (dict(group_size=5), "group_size = 5 must divide num_envs = 64 and be >= 2; use 64 or another"),
         (dict(group_size=1), "group_size = 1 must"),
         (dict(group_size=0), "group_size = 0 must"),
         (dict(num_envs=4), "group_size = 8 must divide num_envs = 4"),

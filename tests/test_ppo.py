@@ -301,7 +301,12 @@ def test_presets_parse_and_are_the_papers(monkeypatch, capsys):
         (dict(model="no/such/model"), "no/such/model"),
         (dict(name="taken"), "runs/taken holds a run"),
         (dict(eval_episodes=0), "eval_episodes = 0 must be at least the number of ranks, 1; use 64, or --eval-every 0"),
-        (dict(separate_critic=True), "value_input = 'state' needs none; use 'h0'"),
+        (dict(gamma=1.5), "gamma = 1.5 must be <= 1"),
+        (dict(clip_coef=-0.2), "clip_coef = -0.2 must be >= 0"),
+        (dict(target_kl=0.0), "target_kl = 0.0 would drop every minibatch"),
+        (dict(episode_ids=(5, -1)), "episode_ids = .* must be >= 0"),
+        (dict(separate_critic=True), "not 'state'; use 'h0'"),
+        (dict(separate_critic=True, value_input="hn"), "not 'hn'; use 'h0'"),
         (dict(reset_after_success=-1), "reset_after_success = -1 must be >= 0"),
         (dict(reset_after_success=3, sim_device="cuda"), "reset_after_success needs .* use --sim-device cpu"),
     ],
@@ -400,6 +405,36 @@ def test_ablations_run_one_iteration(train, settings):
     """Stops a flag of the study's ablations from failing only when someone needs it."""
     rows = metrics_of(train("ablation", num_iterations=1, eval_every=0, **settings))
     assert math.isfinite(rows[-1]["losses/policy_loss"]) and rows[-1]["losses/first_ratio_gap"] < 1e-3
+
+
+@pytest.mark.parametrize("value_input", ["state", "h0"])
+def test_success_ends_an_episode_of_one_environment(train, simulator, monkeypatch, value_input):
+    """Stops --reset-after-success from resetting others too, from leaving clock or flags of the old episode, and the
+    episode that the rollout's end cuts from being taken for a finished one. Episodes of 2 steps, success planted."""
+    planted, rows, critics_see, ends = iter([[True, False], *[[False, False]] * 3] * 2), [], [], []
+    reset, step, gae, features = simulator.reset, simulator.step, ppo_vla.gae, ppo_vla.state_features
+
+    def planted_step(actions):
+        images, reward, ended, infos = step(actions)
+        return images, reward, ended, infos | {"success": np.array(next(planted))}
+
+    monkeypatch.setattr(
+        simulator, "reset", lambda ids, *some: (rows.append([list(x) for x in some]), reset(ids, *some))[1]
+    )
+    monkeypatch.setattr(simulator, "step", planted_step)
+    monkeypatch.setattr(
+        ppo_vla, "state_features", lambda *inputs: (critics_see.append(inputs[1:]), features(*inputs))[1]
+    )
+    monkeypatch.setattr(ppo_vla, "gae", lambda *inputs: (ends.append(inputs[2:4]), gae(*inputs))[1])
+    train("early", num_iterations=2, eval_every=0, reset_after_success=1, value_input=value_input)
+    assert rows == [[], [[0]], [[1]], [[0]]] * 2
+    for dones, _ in ends:
+        assert dones.tolist() == [[1, 0], [0, 1], [1, 0], [0, 1]]
+    assert ends[-1][1][0] != 0, "the unfinished episode's value must be bootstrapped"
+    if value_input == "state":
+        clocks = [[0, 0], [0, 0.5], [0.5, 0], [0, 0.5], [0.5, 0]]  # before each step and after the last
+        assert [clock.tolist() for _, clock in critics_see] == clocks * 2
+        assert not any(flags[:, 2].any() for flags, _ in critics_see), "success of the episode that it ended"
 
 
 def test_fixed_episodes(train, simulator, monkeypatch):

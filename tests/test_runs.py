@@ -134,6 +134,17 @@ def test_model_of_another_asset_pack():
         runs.choose_key(stats, "cleanvla", "bridge")
 
 
+# --- ranks of torchrun ---
+def test_what_no_rank_has_used_keeps_no_gradient():
+    """Stops torchrun from giving unused weights a gradient of zeros, with which AdamW would decay them."""
+    used, unused = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    (3 * used).sum().backward()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    runs.sum_gradients([used, unused])
+    torch.distributed.destroy_process_group()
+    assert used.grad.tolist() == [3, 3] and unused.grad is None
+
+
 # --- checkpoints ---
 def write_weights(directory):
     directory.mkdir()
@@ -146,7 +157,7 @@ def test_checkpoint_round_trip_restores_random_streams(tmp_path):
     runs.save_checkpoint(tmp_path, "checkpoint", 7, write_weights, {"optimizer": {"step": torch.ones(2)}, "n": [0.5]})
     drawn = torch.rand(1).item(), np.random.rand(), random.random()
     runs.save_checkpoint(tmp_path, "best", 7, write_weights, {})
-    state = runs.load_training_state(runs.find_checkpoint(tmp_path), "cpu")
+    state = runs.load_training_state(runs.find_checkpoint(tmp_path))
     assert (torch.rand(1).item(), np.random.rand(), random.random()) == drawn
     assert state["n"] == [0.5] and state["optimizer"]["step"].tolist() == [1, 1]
     runs.save_checkpoint(tmp_path, "checkpoint", 8, write_weights, {})
@@ -154,6 +165,13 @@ def test_checkpoint_round_trip_restores_random_streams(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best-000007", "checkpoint-000008"]
     with pytest.raises(FileNotFoundError, match="nothing can be resumed"):
         runs.find_checkpoint(tmp_path / "empty")
+
+
+def test_the_last_best_stays_whatever_its_number(tmp_path):
+    """Stops a best that a run left behind, which was resumed from before it, from outliving the one written now."""
+    for number in (20, 12):
+        runs.save_checkpoint(tmp_path, "best", number, write_weights, {})
+        assert [path.name for path in tmp_path.iterdir()] == [f"best-{number:06d}"]
 
 
 def test_kill_in_the_middle_of_a_write_keeps_the_previous_checkpoint(tmp_path):
@@ -174,7 +192,7 @@ runs.save_checkpoint({str(tmp_path)!r}, "checkpoint", 2, write, {{"n": 2}})
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     assert runs.find_checkpoint(tmp_path).name == "checkpoint-000001"
-    assert runs.load_training_state(tmp_path / "checkpoint-000001", "cpu")["n"] == 1
+    assert runs.load_training_state(tmp_path / "checkpoint-000001")["n"] == 1
     runs.save_checkpoint(tmp_path, "checkpoint", 2, write_weights, {"n": 2})  # the resumed run cleans up
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000002"]
 

@@ -16,9 +16,9 @@ import pytest
 import tyro
 
 ROOT = Path(__file__).parent.parent
-BUDGETS = {"ppo_vla.py": 467, "grpo_vla.py": 425, "dpo_vla.py": 422, "sft_vla.py": 350, "eval_ood.py": 272}
-BUDGETS |= {"README.md": 150, "common/env.py": 376, "common/vla.py": 350, "common/demos.py": 341}
-COMMON_FILE_BUDGET, COMMON_BUDGET = 330, 3725
+BUDGETS = {"ppo_vla.py": 469, "grpo_vla.py": 426, "dpo_vla.py": 422, "sft_vla.py": 350, "eval_ood.py": 272}
+BUDGETS |= {"README.md": 150, "common/env.py": 376, "common/vla.py": 355, "common/demos.py": 341}
+COMMON_FILE_BUDGET, COMMON_BUDGET = 330, 3744
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py"))]
 TRAINING = [name for name in SCRIPTS if name.endswith("_vla")]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]

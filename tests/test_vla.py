@@ -327,7 +327,11 @@ def test_frozen_eyes_look_once(tiny):
         model.evaluate(inputs, texts, tokens)[0].sum().backward()
         grads.append([p.grad.clone() for p in model.trainable_parameters()["policy"]])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-    for learns in (tiny, load_vla("tiny", lora_rank=2)):
+    warm_up = load_vla(
+        "tiny", value_input="h0", separate_critic=True
+    )  # the policy is frozen, its critic's eyes are not
+    warm_up.backbone.requires_grad_(False)
+    for learns in (tiny, load_vla("tiny", lora_rank=2), warm_up):
         assert torch.equal(learns.rollout_inputs(pictures), learns.fit_images(pictures))
 
 
@@ -544,12 +548,15 @@ def test_activation_checkpointing_changes_no_gradient(checkpoint):
     model = load_vla(checkpoint / "model")
     gradients, tokens = [], torch.tensor(ARRAYS["in:random_ids"]).long()
     for on in (False, True):
-        model.backbone.activation_checkpointing = on
+        model.checkpoint_activations(on)
         model.zero_grad()
         model.evaluate(ARRAYS["images_u8"], EXPECTED["instructions"], tokens)[0].sum().backward()
         gradients.append([p.grad.clone() for p in model.trainable_parameters()["policy"]])
         assert np.array_equal(model.act(ARRAYS["images_u8"], EXPECTED["instructions"], 0)[0], ARRAYS["out:greedy_ids"])
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(*gradients, strict=True))
+    both = load_vla("tiny", separate_critic=True)
+    both.checkpoint_activations(True)
+    assert both.backbone.activation_checkpointing and both.critic.activation_checkpointing
 
 
 @pytest.mark.parametrize("value_input", ["h0", "hn", "concat"])
