@@ -7,7 +7,7 @@ Writes results.json, report.md, figure.png and videos of one success and one fai
 kill goes on with the next task. Departures from the published protocol (Liu et al. 2025), see docs/eval_ood.md:
 1. Explicit episode ids from --seed, the same for every policy (paired), never used in training; published: random ones.
 2. Every episode draws from a generator of its own, and the model always runs on blocks of --block-size episodes, each
-   in a fixed row: results depend neither on --num-envs nor on --num-workers (published texture images on a GPU do).
+   in a fixed row: in CPU simulation results depend neither on --num-envs nor on --num-workers.
 3. Wilson 95 % intervals, exact McNemar tests between policies, and more than success at the last step.
 """
 
@@ -29,6 +29,7 @@ import tyro
 from tqdm import tqdm
 
 from common.assets import load_pack
+from common.checkpoints import locate
 from common.doctor import check_renderer
 from common.env import check_env_args
 from common.evaluate import evaluation_ids, run_episodes, wilson, write_video
@@ -63,7 +64,7 @@ class Args:
     fidelity: Literal["fixed", "published"] | None = None  # published = with the benchmark's known defects
     shader_pack: Literal["minimal", "default"] | None = None  # renderer quality
     sim_device: Literal["cpu", "cuda"] | None = None  # worker processes, or one batched GPU simulation
-    num_envs: int = 16  # results do not depend on it, nor on num_workers
+    num_envs: int = 16  # in CPU simulation results do not depend on it, nor on num_workers
     num_workers: int = 0  # environment processes; 0 = one per core
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the model
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls and weights
@@ -105,9 +106,10 @@ def environment(args: Args, trained: list[dict]) -> dict:
 
 
 def fingerprint(model: str) -> str:
-    """sha256 over a model directory's weights and configuration."""
+    """sha256 over a model directory's weights, configuration, statistics and tokenizer, a base inside it included."""
     digest = hashlib.sha256()
-    for path in sorted([*Path(model).glob("*.safetensors"), *Path(model).glob("*config.json")]):
+    files = [*Path(model).rglob("*.safetensors"), *Path(model).rglob("*.json")]
+    for path in sorted(path for path in files if path.name != "args.json"):
         digest.update(np.memmap(path, mode="r"))
     return digest.hexdigest()
 
@@ -189,7 +191,7 @@ def main(args: Args) -> None:
     rows, output = select_rows(args.tasks), Path(args.output)
     if (args.policy == "model") != bool(args.checkpoint):
         raise ValueError(f"--policy {args.policy}, {len(args.checkpoint)} checkpoints: model needs some, others none")
-    for key, least in dict(num_episodes=1, num_envs=1, block_size=1, num_workers=0, temperature=0).items():
+    for key, least in dict(num_episodes=1, num_envs=1, block_size=1, num_workers=0, temperature=0, seed=0).items():
         if (value := getattr(args, key)) < least:
             raise ValueError(f"{key} = {value} must be >= {least}; use {getattr(Args, key)}")
     names = [checkpoint.strip("./").replace("/", "_") for checkpoint in args.checkpoint] or [args.policy]
@@ -206,10 +208,16 @@ def main(args: Args) -> None:
     chosen = {k: getattr(args, k) for k in ("num_episodes", "temperature", "seed", "block_size", "dtype", "policy")}
     config, about = env_kwargs | chosen | {"device": device}, machine()
     print("\n".join(f"{key:18} {value}" for key, value in (config | about).items()))
-    arguments = {name: dict(config) for name in names}  # all that changes results
-    for name, (path, _) in found.items():
+    arguments, keys = {name: dict(config) for name in names}, {}  # all that changes results
+    for name, (path, trained) in found.items():
         arguments[name] |= {"unnorm_key": args.unnorm_key, "weights": fingerprint(path)}
-    pack = load_pack(config["assets"])
+        norm_stats = locate(path).config["norm_stats"]
+        key = args.unnorm_key or "".join({trained.get("unnorm_key", "")} & set(norm_stats))
+        keys[name] = choose_key(norm_stats, key, config["assets"])
+    pack, fidelity = load_pack(config["assets"]), config["fidelity"]
+    lists = {row[0]: evaluation_ids(row[2], row[3], args.num_episodes, args.seed, fidelity) for row in rows}
+    if few := [f"{row} {len(set(ids))}" for row, ids in lists.items() if len(set(ids)) < len(ids)]:
+        raise ValueError(f"num_episodes = {args.num_episodes}: there are no more held-out ones than {', '.join(few)}")
 
     # --- what is finished: one file per policy and task ---
     files = {(name, row[0]): output / "tasks" / name / f"{row[0]}.json" for name in names for row in rows}
@@ -228,19 +236,18 @@ def main(args: Args) -> None:
         if args.policy == "model" and loaded != name:
             model = policy = None  # frees the one before, so that two need no more memory than one
             model = load_vla(found[name][0], device, getattr(torch, args.dtype), value_head=False, trainable=False)
-            key = args.unnorm_key or "".join({found[name][1].get("unnorm_key", "")} & set(model.norm_stats))
-            loaded, unnorm_key = name, choose_key(model.norm_stats, key, config["assets"])
+            loaded = name
         if envs is None:  # after the model, whose errors come in seconds
             kwargs = env_kwargs | {"num_envs": min(args.num_envs, args.num_episodes), "num_workers": args.num_workers}
             envs = make_envs(task, split, device=kwargs.pop("sim_device"), **kwargs)
         envs.set_task(task, split)
-        ids = evaluation_ids(task, split, args.num_episodes, args.seed, config["fidelity"])
+        ids = lists[row]
         seeds = [zlib.crc32(f"{args.seed} {task} {split} {episode_id}".encode()) for episode_id in ids]
         if args.policy == "model":
-            episodes = decode(task, split, ids, config["fidelity"])
+            episodes = decode(task, split, ids, fidelity)
             digits = zip(episodes.template, episodes.object, episodes.plate, strict=True)
             texts = [instruction(t, pack.objects[o].name, pack.plates[p].name) for t, o, p in digits]
-            policy = model_policy(model, unnorm_key, args.temperature, texts, seeds, args.block_size)
+            policy = model_policy(model, keys[name], args.temperature, texts, seeds, args.block_size)
         else:
             policy = baseline(args.policy, envs, seeds)
         outcome = run_task(policy, envs, ids, f"{output}/videos/{name}/{row}", bar.update)

@@ -100,7 +100,9 @@ PAPER = dict(
 )  # fmt: skip
 PRESETS = {
     "default": Args(),
-    "warmup": Args(preset="warmup", **PAPER, num_iterations=20, augment=True),
+    "warmup": Args(  # keeps the statistics of OpenVLA's training data, as published
+        preset="warmup", **PAPER | {"statistics": "model"}, unnorm_key="bridge_orig", num_iterations=20, augment=True,
+    ),
     "baseline": Args(  # checkpoints hold the merged weights too, 15 GB
         preset="baseline", **PAPER | {"drop_idle": "published"}, num_iterations=600, eval_every=50, checkpoint_every=50,
         merge_adapter=True,

@@ -235,6 +235,10 @@ def _bridge_pack(root: Path) -> AssetPack:
             )
         return path
 
+    def visual(mesh):
+        paths = [mesh.with_name(f"textured.{ending}") for ending in ("obj", "dae", "glb")]
+        return next((path for path in paths if path.exists()), None) or require(paths[0])
+
     data = root / "data"
     urdf = require(data / "robots/widowx/wx250s.urdf")
     stage = str(require(data / "tasks/bridge_v2_real2sim_dataset/stages/bridge_table_1_v1.glb"))
@@ -242,6 +246,7 @@ def _bridge_pack(root: Path) -> AssetPack:
     folders = {kind: data / f"rl4vla/more_{name}" for kind, name in names.items()}
     rows = {kind: json.loads(require(path / "model_db.json").read_text()) for kind, path in folders.items()}
     meshes = {kind: [require(folders[kind] / k / "collision.obj") for k in rows[kind]] for kind in ("object", "plate")}
+    visuals = {mesh: visual(mesh) for kind in meshes for mesh in meshes[kind]}
     backgrounds = [require(folders["table"] / "imgs" / k) for k in rows["table"]]
     textures = [require(folders["table"] / "textures" / row["texture"]) for row in rows["table"].values()]
 
@@ -254,8 +259,7 @@ def _bridge_pack(root: Path) -> AssetPack:
     def add_body(builder, kind, index):  # every component of collision.obj is one convex hull, as published
         mesh, density = meshes[kind][index], (objects if kind == "object" else plates)[index].density
         builder.add_multiple_convex_collisions_from_file(str(mesh), material=PhysxMaterial(*FRICTION), density=density)
-        visuals = [mesh.with_name(f"textured.{ending}") for ending in ("obj", "dae", "glb")]
-        builder.add_visual_from_file(str(next(path for path in visuals if path.exists())))
+        builder.add_visual_from_file(str(visuals[mesh]))
 
     def build_table(builder):
         upright = sapien.Pose(q=[0.707, 0.707, 0, 0])  # three digits, as published

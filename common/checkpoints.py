@@ -131,7 +131,8 @@ def locate_full(name: str, folder: Path) -> Source:
 
 
 def download(name: str) -> Path:
-    if not re.fullmatch(r"[\w-]+/[\w.-]+", name):
+    here = Path(name).parent.is_dir() or name.split("/")[0] in ("runs", "checkpoints", "results")
+    if here or not re.fullmatch(r"[\w-]+/[\w.-]+", name):
         raise FileNotFoundError(
             f"model {name!r} is neither 'tiny' nor a directory nor like the hub id openvla/openvla-7b"
         )

@@ -21,7 +21,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from common.env import CAMERA, ENV_ID
+from common.env import CAMERA, ENV_ID, check_env_args
 from common.evaluate import training_ids
 from common.expert import Expert
 from common.vec_env import make_envs
@@ -117,12 +117,15 @@ def write_episode(file, name, batch, i, length, episode_id, seed):
 def record(args):
     """Write `args.num_demos` successful episodes; continues what an earlier call left. Returns the path of the .h5."""
     final, parts = Path(args.output) / "trajectory.h5", Path(args.output) / "parts"
-    for key, most in {"num_demos": 1e9, "hold_steps": 1e9, "noise_probability": 1, "blunder_probability": 1}.items():
+    limits = {"num_demos": 1e9, "hold_steps": 1e9, "seed": 1e9, "noise_probability": 1, "blunder_probability": 1}
+    for key, most in limits.items():
         if not (least := key == "num_demos") <= (value := getattr(args, key)) <= most:
             raise ValueError(f"{key} = {value} must be {int(least)} to {most:g}; use {getattr(Args, key)}")
     settings = {k: v for k, v in asdict(args).items() if k not in ("output", "num_demos", "num_envs", "num_workers")}
     settings = json.loads(json.dumps(settings))
     counts, seen = {"attempted": 0, "rejected": 0, "batches": 0}, set()
+    rendering = args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
+    check_env_args(args.task, args.split, args.assets, *rendering)
     parts.mkdir(parents=True, exist_ok=True)
     part_paths = sorted(parts.glob("*.h5"))
     for path in [final] * final.exists() + part_paths:
@@ -242,12 +245,13 @@ def action_statistics(actions, floors=FLOORS):
 
     With floors (6,), the range of each of the first six dimensions is symmetric and at least +-floor: dimensions that
     hardly move keep a sensible unit, and a zero action is exactly the middle bin. None: the plain 1 % and 99 %
-    quantiles. The gripper is not normalised (mask False).
+    quantiles, but for dimensions that do not move at all, of which every bin would be one number: these have +-floor.
+    The gripper is not normalised (mask False).
     """
     q01, q99 = (np.quantile(actions, q, axis=0).astype(np.float64) for q in (0.01, 0.99))
-    if floors is not None:
-        bound = np.maximum(np.maximum(-q01, q99)[:6], floors)
-        q01[:6], q99[:6] = -bound, bound
+    symmetric = np.full(6, floors is not None) | (q01 == q99)[:6]
+    bound = np.maximum(np.maximum(-q01, q99)[:6], FLOORS if floors is None else floors)
+    q01[:6], q99[:6] = np.where(symmetric, -bound, q01[:6]), np.where(symmetric, bound, q99[:6])
     q01[6], q99[6] = -1.0, 1.0
     return {"q01": q01.tolist(), "q99": q99.tolist(), "mask": [True] * 6 + [False]}
 
@@ -264,7 +268,7 @@ def load_demos(paths, fit=lambda images: images, num_demos=None, drop_idle="none
 
     Args: fit: (T, H, W, 3) uint8 -> array or tensor to keep (`model.fit_images`); num_demos: the first so many of each;
     drop_idle: "none", "still" or "published": which steps are left out, see `moving_steps`.
-    Returns `Demos`; its statistics are the file's, computed anew for a mixture or with `drop_idle`.
+    Returns `Demos`; its statistics are the file's, computed anew for a part, a mixture or with `drop_idle`.
     Raises FileNotFoundError, or ValueError naming file and key.
     """
     images, actions, kept, sources, settings = [], [], [], [], []
@@ -282,7 +286,7 @@ def load_demos(paths, fit=lambda images: images, num_demos=None, drop_idle="none
                 actions.append(labels)
                 kept.append(entry)
                 sources.append(len(settings) - 1)
-    alone = len(paths) == 1 and drop_idle == "none"
+    alone = len(paths) == 1 and drop_idle == "none" and num_demos is None
     return Demos(
         images=np.concatenate(images) if isinstance(images[0], np.ndarray) else torch.cat(images),
         actions=np.concatenate(actions),

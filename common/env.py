@@ -3,8 +3,8 @@
 What differs between the tasks (objects, tables, placement, distractors, arm offsets, compositing, ...) is data in
 `common/tasks.py`; what differs between asset packs (meshes or primitive shapes) is data in `common/assets.py`.
 Scene, robot, controller, reset, success and reward follow the RL4VLA benchmark (Liu et al. 2025); the departures are
-* an episode is fixed by its episode id alone: the arm is reset before the objects settle, and the velocity test after
-  the first 50 substeps of settling, which always fires, is gone;
+* on CPU an episode is fixed by its episode id alone: the arm is reset before the objects settle, and the velocity
+  test after the first 50 substeps of settling, which always fires, is gone;
 * on CPU only the bodies in play are in the scene (the published scene simulates all 25 objects all the time);
 * `fidelity="fixed"` moves the object of `position_change` once, at rest and without extra physics;
   `"published"` repeats the published side effect: every evaluation at step 5 drops it from 13 cm and runs 50 substeps.

@@ -22,7 +22,7 @@ MEMBERS = {name: OOD if name == "ood" else (name,) for name in DIMENSIONS}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito, colour-blind safe
 PAPERS = {"sft": "0.6", "ppo": "0.15"}  # columns of the study (Liu et al. 2025) and their greys
 PROTOCOL = dict(image_size=[640, 480], sim_freq=500, solver_iterations=15, max_episode_steps=80, fidelity="published",
-                shader_pack="default")  # fmt: skip
+                shader_pack="default", temperature=0.6, sim_device="cuda")  # fmt: skip
 
 
 # --- statistics ---
@@ -117,10 +117,10 @@ tasks; their intervals are Wilson's on the pooled episodes.
 ![success per task and per dimension](figure.png)
 """
     if papers:
-        here = {"shader_pack": "minimal"} | config  # reports of before the key was kept
+        here = dict(shader_pack="minimal", sim_device="cpu") | config  # reports of before the keys were kept
         differs = [f"{key} {here[key]} (paper {value})" for key, value in PROTOCOL.items() if here[key] != value]
         text += "\nPaper: OpenVLA-7B, SFT on 16,384 demos, PPO; 192 unpaired episodes, temperature 0.6, GPU simulation."
-        text += f" This run: {'; '.join(differs) or 'same image size, physics rates and steps'}.\n"
+        text += f" This run: {'; '.join(differs) or 'the same protocol'}.\n"
     keys = ("success_at_end", "success_once", "grasped", "held", "return", "minutes")
     for name, policy in results["policies"].items():
         table = [[_words(n), f"{r['k']}/{r['n']}", *(f"{r[k]:.3f}" for k in keys)] for n, r in policy["rows"].items()]

@@ -26,7 +26,7 @@ FIXED = """preset name model adapter seed num_envs num_steps num_updates lora_ra
     value_input separate_critic task split episode_ids eval_episodes eval_temperature""".split()
 NOT_NEGATIVE = """eval_every eval_temperature num_videos num_workers lora_rank weight_decay kl_coef keep_pairs gamma
     gae_lambda learning_rate value_learning_rate clip_coef clip_low clip_high value_clip_coef ratio_tolerance
-    margin_tolerance""".split()
+    margin_tolerance num_demos""".split()
 
 
 def parse_args(args_class, presets, argv=None):

@@ -1,8 +1,8 @@
 """Many environments on any machine behind one interface: worker processes on CPU, one batched simulation on CUDA.
 
 CPU PhysX simulates one environment per scene, so each worker process holds several scenes and steps them in turn;
-images and scalars travel through shared memory, commands through pipes. An episode id alone fixes an episode, so
-results do not depend on how many environments or workers there are. N = num_envs.
+images and scalars travel through shared memory, commands through pipes. On CPU an episode id alone fixes an episode,
+so results do not depend on how many environments or workers there are. N = num_envs.
 """
 
 import ctypes

@@ -328,7 +328,7 @@ def load_vla(
     """
     source = checkpoints.locate(str(name_or_path), adapter)
     settings = {"value_input": value_input or source.value_settings.get("value_input", "h0")}
-    settings["separate_critic"] = source.value_settings.get("separate_critic") == "True"
+    settings["separate_critic"] = value_head and source.value_settings.get("separate_critic") == "True"
     if separate_critic is not None:
         settings["separate_critic"] = separate_critic
     if settings["value_input"] not in ("h0", "hn", "concat", "state"):

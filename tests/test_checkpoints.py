@@ -313,7 +313,9 @@ def test_damaged_directory(damage, copied):
 
 def test_unknown_names(tmp_path, monkeypatch):
     """A misspelt directory that turns into a download or an endless wait."""
-    for name in (str(tmp_path / "nowhere"), "./nowhere", "tinny"):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for name in (str(tmp_path / "nowhere"), "./nowhere", "tinny", "runs/nowhere", "here/nowhere"):
         with pytest.raises(FileNotFoundError, match="neither 'tiny' nor a directory nor like the hub id"):
             load_vla(name)
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -112,17 +113,31 @@ def test_find_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [dict(policy="model"), dict(policy="zero", checkpoint=("tiny",)), dict(policy="zero", num_episodes=0),
-     dict(policy="zero", tasks="nothing"), dict(policy="zero", temperature=-1.0), dict(policy="zero", num_workers=-1),
-     dict(checkpoint=("tiny", "./tiny")), dict(checkpoint=("tiny",), max_episode_steps=0),
-     dict(checkpoint=("tiny",), image_size=(600, 480)), dict(checkpoint=("tiny",), sim_freq=251)],
-)  # fmt: skip
-def test_wrong_arguments_are_refused_at_once(wrong, tmp_path, monkeypatch):
+    "wrong, message",
+    [
+        (dict(policy="model"), "--policy model, 0 checkpoints: model needs some, others none"),
+        (dict(policy="zero", checkpoint=("tiny",)), "--policy zero, 1 checkpoints: model needs some, others none"),
+        (dict(policy="zero", num_episodes=0), "num_episodes = 0 must be >= 1"),
+        (dict(policy="zero", tasks="nothing"), "--tasks nothing: not known; use one or more of all, id"),
+        (dict(policy="zero", temperature=-1.0), "temperature = -1.0 must be >= 0"),
+        (dict(policy="zero", num_workers=-1), "num_workers = -1 must be >= 0"),
+        (dict(policy="zero", seed=-1), "seed = -1 must be >= 0"),
+        (
+            dict(policy="zero", num_episodes=5000, tasks="unseen_table,id"),
+            "held-out ones than unseen_table [1-4][0-9]{3}$",
+        ),
+        (dict(checkpoint=("tiny", "./tiny")), "give each once, or rename one"),
+        (dict(checkpoint=("tiny",), max_episode_steps=0), "max_episode_steps = 0 must be >= 1"),
+        (dict(checkpoint=("tiny",), image_size=(600, 480)), "image_size"),
+        (dict(checkpoint=("tiny",), sim_freq=251), "sim_freq"),
+        (dict(checkpoint=("tiny",), unnorm_key="other"), "unnorm_key = 'other' is none of the model's"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(wrong, message, tmp_path, monkeypatch):
     """Stops a mistake that shows after an hour: refused before model or simulator start, nothing written."""
     monkeypatch.setattr(eval_ood, "make_envs", lambda *a, **k: pytest.fail("the simulator was started"))
     monkeypatch.setattr(eval_ood, "load_vla", lambda *a, **k: pytest.fail("a model was loaded"))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=message):
         eval_ood.main(eval_ood.Args(output=str(tmp_path / "out"), **wrong))
     assert not (tmp_path / "out").exists()
 
@@ -176,7 +191,11 @@ def test_fingerprint_sees_weights(tmp_path, tiny):
     assert before == eval_ood.fingerprint(str(tmp_path / "a"))
     path = next((tmp_path / "a").glob("model*.safetensors"))
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    assert eval_ood.fingerprint(str(tmp_path / "a")) != before
+    assert (weights := eval_ood.fingerprint(str(tmp_path / "a"))) != before
+    (tmp_path / "a/dataset_statistics.json").write_text("{}")  # decodes the tokens of an adapter's policy
+    assert (statistics := eval_ood.fingerprint(str(tmp_path / "a"))) != weights
+    shutil.copytree(tmp_path / "a", tmp_path / "a/base")  # an adapter's base of its own
+    assert eval_ood.fingerprint(str(tmp_path / "a")) != statistics
 
 
 # --- in the real simulator ---

@@ -157,7 +157,7 @@ def test_paper_columns_only_beside_the_papers_assets():
 def test_report_says_where_a_run_differs_from_the_paper():
     """Stops a silent comparison of 40-step episodes at 160x120 with the published protocol."""
     same = results(["ppo"], [0.9])
-    assert "same image size" in report.report_text(same)
+    assert "the same protocol" in report.report_text(same)
     same["config"] |= {"max_episode_steps": 40, "fidelity": "fixed"}
     assert "max_episode_steps 40 (paper 80); fidelity fixed (paper published)" in report.report_text(same)
 

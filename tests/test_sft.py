@@ -211,6 +211,8 @@ def test_presets_are_the_paper_s():
         preset = asdict(PRESETS[name])
         assert preset["num_iterations"] * preset["num_updates"] == updates
         assert (preset["lora_rank"], preset["learning_rate"], preset["batch_size"]) == (32, 5e-4, 32)
-        assert (preset["lr_schedule"], preset["statistics"]) == ("constant", "quantiles")
+        assert preset["lr_schedule"] == "constant"
+    assert (PRESETS["warmup"].statistics, PRESETS["warmup"].unnorm_key) == ("model", "bridge_orig")
+    assert PRESETS["baseline"].statistics == "quantiles"
     assert PRESETS["warmup"].augment and PRESETS["warmup"].drop_idle == "none"
     assert PRESETS["baseline"].drop_idle == "published" and not PRESETS["baseline"].augment

@@ -172,7 +172,7 @@ def _scene(item):
 def record(args):
     """Write the scenes of `args`; one depends on (seed, num_scenes, its number) alone. Returns the path of the .h5."""
     final = Path(args.output) / "trajectory.h5"
-    if final.exists():
+    if final.with_suffix(".json").exists():  # written last
         raise FileExistsError(f"{final} exists and is never overwritten; use another --output")
     if not 0 <= args.varied <= 1:
         raise ValueError(f"varied = {args.varied} is a share: it must be 0 to 1; use 0.5")
