@@ -112,6 +112,7 @@ def summary(run_dir, steps, seconds, evaluations, panels, unit="environment step
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             axis.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3, label=key)
         axis.set_xlabel(unit)
+        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))  # 200k: six digits run into each other
         axis.legend(fontsize=8)
     figure.savefig(Path(run_dir) / "curve.png", dpi=120)
     plt.close(figure)

@@ -18,7 +18,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 BUDGETS = {"ppo_vla.py": 469, "grpo_vla.py": 426, "dpo_vla.py": 422, "sft_vla.py": 352, "eval_ood.py": 279}
 BUDGETS |= {"README.md": 150, "common/env.py": 376, "common/vla.py": 355, "common/demos.py": 345}
-COMMON_FILE_BUDGET, COMMON_BUDGET = 330, 3753
+COMMON_FILE_BUDGET, COMMON_BUDGET = 330, 3754
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py"))]
 TRAINING = [name for name in SCRIPTS if name.endswith("_vla")]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
