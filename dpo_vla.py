@@ -28,23 +28,24 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from common import logs, pairs, runs
-from common.doctor import check_renderer
+from common.doctor import check_simulator
 from common.env import check_env_args
 from common.evaluate import evaluate, run_episodes, training_ids
 from common.vec_env import make_envs
 
 
 # --- args ---
-# Sources: [P] the paper's code for PPO (RL4VLA), [G] GRAPE, [M] measured here (docs/ppo_vla.md), [D] our decision.
 @dataclass
 class Args:
+    """[P] the paper's code for PPO (RL4VLA), [G] GRAPE, [M] measured here (docs/log.md), [D] our decision."""
+
     # run
     preset: Literal["default", "paper"] = "default"  # defaults of all other flags: embedded small model, or OpenVLA-7B
     name: str = ""  # run directory runs/NAME; empty = dpo_vla-TASK-SEED-TIME
     resume: str = ""  # run directory to continue exactly; its Args become the defaults
     seed: int = 1  # weights of `--model tiny`, training episodes, sampling, minibatches
     device: str = "auto"  # of the model: cpu, cuda, or auto
-    torch_threads: int = 2  # CPU threads of the model, over the ranks of a machine; the simulator has its own processes
+    torch_threads: int = 2  # of the model on a CPU, over all ranks of a machine; more cores: more ranks (torchrun)
     track: bool = False  # log to Weights & Biases too
     dry_run: bool = False  # print the plan with a memory estimate, and leave
     # environment
@@ -61,7 +62,7 @@ class Args:
     sim_device: Literal["cpu", "cuda"] = "cpu"  # worker processes, or one batched GPU simulation [P] cuda
     num_workers: int = 0  # environment processes per rank; 0 = share the cores
     # model
-    model: str = ""  # directory, hub id or tiny (random); empty = checkpoints/tiny-warmup if it exists, else tiny
+    model: str = ""  # directory, hub id or tiny (random); empty = checkpoints/tiny-warmup
     adapter: str = ""  # LoRA directory on top of model that training continues
     unnorm_key: str = ""  # action statistics; empty = the model's only key
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls and frozen weights; trained weights stay float32
@@ -116,7 +117,8 @@ def check_args(args):
     runs.check_run(args)
     k, n, t = args.num_trajectories, args.num_envs // int(os.environ.get("WORLD_SIZE", 1)), args.max_episode_steps
     if k < 2 or n % k:
-        raise ValueError(f"num_trajectories = {k} must be >= 2 and divide the {n} environments of a rank; use 8 of 64")
+        fix = f"use --num-envs {max(k, 2) * int(os.environ.get('WORLD_SIZE', 1))}, or a multiple"
+        raise ValueError(f"num_trajectories = {k} must be >= 2 and divide the {n} environments of a rank; {fix}")
     if args.pairs_per_state > k // 2:  # no trajectory is in two pairs
         raise ValueError(f"pairs_per_state = {args.pairs_per_state} exceeds num_trajectories // 2; use {k // 2}")
     if args.nll_coef < 0:
@@ -230,8 +232,7 @@ def all_logprobs(model, data, args):
 
 
 # What stored pairs and their reference log-probs depend on, of the flags that --resume may change.
-PAIRS_OF = """task split assets fidelity image_size shader_pack sim_freq solver_iterations max_episode_steps unnorm_key
-    reference num_trajectories pairs_per_state tie_break temperature dtype window_steps micro_batch_size"""
+PAIRS_OF = """reference num_trajectories pairs_per_state tie_break temperature dtype window_steps micro_batch_size"""
 MEANS = ("losses/dpo_loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
@@ -292,32 +293,33 @@ def main(args: Args):
     # Shapes: T steps of an episode, A = 7 action tokens, S trajectories in P = S / 2 pairs, N environments.
     # --- setup ---
     check_args(args)
-    model_name = args.model or ("checkpoints/tiny-warmup" if Path("checkpoints/tiny-warmup").is_dir() else "tiny")
+    model_name = args.model or "checkpoints/tiny-warmup"
     if args.dry_run:
         samples = 2 * args.pairs_per_batch * args.max_episode_steps  # of an update; if every trajectory is in a pair:
         known = {"num_minibatches": max(1, args.num_envs * args.num_steps // samples), "separate_critic": False}
         return print(logs.plan(asdict(args) | known, asdict(PRESETS["default"]) | known, model_name))
     rendering = args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
     check_env_args(args.task, args.split, args.assets, *rendering)
-    check_renderer("gpu" if args.sim_device == "cuda" else "cpu")
+    check_simulator(args.sim_device)
     from common.vla import load_vla, save_vla  # 4 s that bad input and the simulator's processes need not wait for
 
     device = runs.setup_ranks(args.device, args.dtype)
     rank, world_size = runs.rank_and_world_size()
     torch.set_num_threads(max(1, args.torch_threads // runs.ranks_here()))
     runs.seed_everything(args.seed)
-    run_dir = args.resume or f"runs/{args.name or time.strftime(f'dpo_vla-{args.task}-{args.seed}-%Y%m%d-%H%M%S')}"
-    run_dir = Path(runs.gather_over_ranks(run_dir)[0])
+    name = args.name or time.strftime(f"{Path(__file__).stem}-{args.task}-{args.seed}-%Y%m%d-%H%M%S")
+    run_dir = Path(runs.gather_over_ranks(args.resume or f"runs/{name}")[0])
     checkpoint = runs.find_checkpoint(run_dir) if args.resume else None
 
     # --- model and optimizer ---
+    adapter = None if checkpoint else args.adapter or None
+    unnorm_key = runs.find_key(checkpoint or model_name, adapter, args.unnorm_key, args.assets)
     model = load_vla(
         checkpoint or model_name, device, getattr(torch, args.dtype), args.lora_rank, args.lora_targets,
-        adapter=None if checkpoint else args.adapter or None, separate_critic=False, value_head=False, seed=args.seed,
+        adapter=adapter, value_head=False, seed=args.seed,
         freeze_vision=args.freeze_vision,
     )  # fmt: skip
     model.checkpoint_activations(args.activation_checkpointing)
-    unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key, args.assets)
     params = {name: p for name, p in model.backbone.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=args.learning_rate, weight_decay=args.weight_decay)
     progress = {"iteration": 0, "seconds": 0.0, "evaluations": []}  # evaluations: success at end on the paired list

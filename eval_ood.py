@@ -30,19 +30,20 @@ from tqdm import tqdm
 
 from common.assets import load_pack
 from common.checkpoints import locate
-from common.doctor import check_renderer
+from common.doctor import check_simulator
 from common.env import check_env_args
 from common.evaluate import evaluation_ids, run_episodes, wilson, write_video
 from common.expert import Expert
-from common.report import compare, dimension_means, make, write_atomic
-from common.runs import choose_device, choose_key
+from common.report import compare, dimension_means, make
+from common.runs import choose_device, choose_key, write_atomic
 from common.tasks import REPORT_ROWS, decode, instruction
 from common.vec_env import make_envs
 from common.vla import load_vla
 
 # What the environment is unless a flag or the checkpoint's training settings say otherwise: the small preset.
 ENVIRONMENT = {"assets": "primitive", "image_size": (160, 120), "sim_freq": 250, "solver_iterations": 4,
-               "max_episode_steps": 40, "fidelity": "fixed", "shader_pack": "minimal", "sim_device": "cpu"}  # fmt: skip
+               "max_episode_steps": 40, "fidelity": "fixed", "shader_pack": "minimal", "sim_device": "cpu",
+               "dtype": "float32"}  # fmt: skip
 
 
 # --- args ---
@@ -67,7 +68,7 @@ class Args:
     num_envs: int = 16  # in CPU simulation results do not depend on it, nor on num_workers
     num_workers: int = 0  # environment processes; 0 = one per core
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the model
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls and weights
+    dtype: Literal["float32", "bfloat16"] | None = None  # of matmuls and weights; None = as trained, on a CPU float32
     block_size: int = 16  # rows of every model call; changes results a little: kernels round by batch size
     unnorm_key: str = ""  # action statistics; empty = the training settings' key, else the model's only one
 
@@ -91,11 +92,11 @@ def find_model(checkpoint: str) -> tuple[str, dict]:
     state = path / "training_state.pt"  # has them too, for a checkpoint that was copied out of its run
     for settings in (file for file in (path / "args.json", path.parent / "args.json") if file.is_file()):
         return str(path), json.loads(settings.read_text())
-    return str(path), json.loads(json.dumps(torch.load(state, mmap=True)["args"])) if state.is_file() else {}
+    return str(path), json.loads(json.dumps(torch.load(state, "cpu", mmap=True)["args"])) if state.is_file() else {}
 
 
 def environment(args: Args, trained: list[dict]) -> dict:
-    """make_envs' settings: the flag, else the checkpoints' (they must agree: episodes are paired), else ENVIRONMENT."""
+    """Settings and dtype: the flag, else the checkpoints' (they must agree: episodes are paired), else ENVIRONMENT."""
     chosen = {}
     for key, default in ENVIRONMENT.items():
         values = [settings[key] for settings in trained if key in settings] or [default]
@@ -203,17 +204,20 @@ def main(args: Args) -> None:
         raise ValueError(f"max_episode_steps = {most} must be >= 1; use 40 (embedded) or 80 (published)")
     checked = "assets", "image_size", "sim_freq", "solver_iterations", "fidelity"
     check_env_args("main", "train", *(env_kwargs[key] for key in checked))
-    check_renderer("gpu" if env_kwargs["sim_device"] == "cuda" else "cpu")
+    check_simulator(env_kwargs["sim_device"])
     device = choose_device(args.device, args.dtype)
-    chosen = {k: getattr(args, k) for k in ("num_episodes", "temperature", "seed", "block_size", "dtype", "policy")}
-    config, about = env_kwargs | chosen | {"device": device}, machine()
+    dtype = env_kwargs.pop("dtype")
+    dtype = dtype if device == "cuda" or args.dtype else "float32"  # bfloat16 is slow on most CPUs
+    chosen = {k: getattr(args, k) for k in ("num_episodes", "temperature", "seed", "block_size", "policy")}
+    config, about = env_kwargs | chosen | {"dtype": dtype, "device": device}, machine()
     print("\n".join(f"{key:18} {value}" for key, value in (config | about).items()))
     arguments, keys = {name: dict(config) for name in names}, {}  # all that changes results
     for name, (path, trained) in found.items():
-        arguments[name] |= {"unnorm_key": args.unnorm_key, "weights": fingerprint(path)}
         norm_stats = locate(path).config["norm_stats"]
         key = args.unnorm_key or "".join({trained.get("unnorm_key", "")} & set(norm_stats))
         keys[name] = choose_key(norm_stats, key, config["assets"])
+    for name, (path, _) in found.items():  # reads all weights: minutes for 7B
+        arguments[name] |= {"unnorm_key": args.unnorm_key, "weights": fingerprint(path)}
     pack, fidelity = load_pack(config["assets"]), config["fidelity"]
     lists = {row[0]: evaluation_ids(row[2], row[3], args.num_episodes, args.seed, fidelity) for row in rows}
     if few := [f"{row} {len(set(ids))}" for row, ids in lists.items() if len(set(ids)) < len(ids)]:
@@ -235,7 +239,7 @@ def main(args: Args) -> None:
         bar.set_description(f"{name} {row}")
         if args.policy == "model" and loaded != name:
             model = policy = None  # frees the one before, so that two need no more memory than one
-            model = load_vla(found[name][0], device, getattr(torch, args.dtype), value_head=False, trainable=False)
+            model = load_vla(found[name][0], device, getattr(torch, dtype), value_head=False, trainable=False)
             loaded = name
         if envs is None:  # after the model, whose errors come in seconds
             kwargs = env_kwargs | {"num_envs": min(args.num_envs, args.num_episodes), "num_workers": args.num_workers}

@@ -4,7 +4,7 @@
     python grpo_vla.py --preset paper --dry-run            # OpenVLA-7B as in the paper: the plan, nothing is loaded
     torchrun --nproc-per-node 2 grpo_vla.py --num-envs 64  # the same update, environments split over ranks
     python grpo_vla.py --resume runs/NAME                  # continues exactly
-    python grpo_vla.py --group-size 64 --advantage stepwise  # GRPO (s) of the paper's code; --no-same-state: its GRPO
+    python grpo_vla.py --group-size 64 --advantage stepwise --clip-high 0.2  # GRPO (s); --no-same-state too: GRPO [P]
 
 No critic: an episode's advantage is how much better it did than the others of its group, which began in the same state.
 All else is ppo_vla.py, its departures from the paper's code too. What differs, explained in docs/grpo_vla.md:
@@ -13,6 +13,7 @@ All else is ppo_vla.py, its departures from the paper's code too. What differs, 
  3. The clip is asymmetric, a KL penalty to the start optional; no value loss, discount or reset on success.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -24,23 +25,24 @@ import numpy as np
 import torch
 
 from common import logs, runs
-from common.doctor import check_renderer
+from common.doctor import check_simulator
 from common.env import check_env_args
 from common.evaluate import evaluate, training_ids
 from common.vec_env import make_envs
 
 
 # --- args ---
-# Sources: [P] the paper's code (RL4VLA), [C] CleanRL, [R] RLinf, [M] measured here (docs/ppo_vla.md), [D] our decision.
 @dataclass
 class Args:
+    """[P] the paper's code (RL4VLA), [C] CleanRL, [R] RLinf, [M] measured here (docs/log.md), [D] our decision."""
+
     # run
     preset: Literal["default", "paper"] = "default"  # defaults of all other flags: embedded small model, or OpenVLA-7B
     name: str = ""  # run directory runs/NAME; empty = grpo_vla-TASK-SEED-TIME
     resume: str = ""  # run directory to continue exactly; its Args become the defaults
     seed: int = 1  # weights of `--model tiny`, training episodes, sampling, minibatches [C]
     device: str = "auto"  # of the model: cpu, cuda, or auto
-    torch_threads: int = 2  # CPU threads of the model, over the ranks of a machine; the simulator has its own processes
+    torch_threads: int = 2  # of the model on a CPU, over all ranks of a machine; more cores: more ranks (torchrun)
     track: bool = False  # log to Weights & Biases too
     dry_run: bool = False  # print the plan with a memory estimate, and leave
     # environment
@@ -58,7 +60,7 @@ class Args:
     sim_device: Literal["cpu", "cuda"] = "cpu"  # worker processes, or one batched GPU simulation [P] cuda
     num_workers: int = 0  # environment processes per rank; 0 = share the cores
     # model
-    model: str = ""  # directory, hub id or tiny (random); empty = checkpoints/tiny-warmup if it exists, else tiny
+    model: str = ""  # directory, hub id or tiny (random); empty = checkpoints/tiny-warmup
     adapter: str = ""  # LoRA directory on top of model that training continues
     unnorm_key: str = ""  # action statistics; empty = the model's only key
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls and frozen weights; trained weights stay float32
@@ -87,7 +89,7 @@ class Args:
     anneal_lr: bool = True  # linear to 0 over the run [D]; [P] constant
     weight_decay: float = 0.01  # AdamW [P]
     update_epochs: int = 1  # passes over a rollout [P]
-    num_minibatches: int = 20  # optimizer steps per epoch if no group is left out [M]; [P] 32 of 160 samples
+    num_minibatches: int = 20  # optimizer steps per epoch if no group is left out [D]; [P] 32 of 160 samples
     micro_batch_size: int = 128  # samples per forward; only memory and speed depend on it; [P] 8
     clip_low: float = 0.2  # the ratio is clipped at 1 - clip_low [P]
     clip_high: float = 0.28  # and at 1 + clip_high (DAPO) [R]; [P] 0.2
@@ -98,7 +100,7 @@ class Args:
     target_kl: float | None = None  # a minibatch beyond it is dropped and ends the update; [P] none
     ratio_level: Literal["action", "token"] = "action"  # one ratio per step [P], or one per token
     recompute_logprobs: bool = False  # old log-probs by the update's own forward (bfloat16); always so at token level
-    ratio_tolerance: float | None = None  # of |ratio - 1| before an update; None: .01, bfloat16 .05; beyond: stop [D]
+    ratio_tolerance: float | None = None  # 99 % of |ratio - 1| must be below it; None: .01, in bfloat16 .05 [D]
 
 
 PRESETS = {
@@ -183,15 +185,29 @@ def kl_to_reference(logprobs, ref_logprobs):
     return torch.expm1(ref_logprobs - logprobs) - (ref_logprobs - logprobs)
 
 
+def start_policy(model, name_or_path, adapter=None, seed=0):
+    """-> function that makes a context: the frozen policy that `load_vla` made of these before `model` was trained."""
+    from common import checkpoints, vla  # slow to import
+
+    if hasattr(model.backbone, "peft_config") and checkpoints.locate(name_or_path, adapter).adapter is None:
+        return model.reference
+    # All weights are trained, or the adapter was there before: only a copy is the start.
+    settings = dict(adapter=adapter, seed=seed, value_head=False, trainable=False)
+    frozen = vla.load_vla(name_or_path, model.device, model.dtype, **settings)
+    return lambda: contextlib.nullcontext(frozen)
+
+
 STATS = ("policy_loss", "ref_kl", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+KL = STATS.index("approx_kl")
 
 
 def update(model, optimizer, batch, args, rng, run_dir):
     """Epochs over one rollout. A minibatch spans all ranks; each accumulates its part in micro-batches.
 
     Args:
-        batch: this rank's B samples, one row each: images, instructions (list), action_tokens (B, A) int64, logprobs,
-            ref_logprobs, advantages, weights (B,) float32, index (B,) int64: number among all ranks', -1 = left out.
+        batch: this rank's B samples, one row each: images (as `model.rollout_inputs` gave them), instructions (list),
+            action_tokens (B, A) int64, logprobs, ref_logprobs, advantages, weights (B,) float32, index (B,) int64: the
+            sample's number among those of all ranks, -1 = left out.
         rng: np.random.Generator, in the same state on every rank: it draws the minibatches.
     Returns: dict of losses/*, means over minibatches. Raises: RuntimeError and FloatingPointError, see the guards.
     """
@@ -238,17 +254,19 @@ def update(model, optimizer, batch, args, rng, run_dir):
                 gaps += ((joint - batch["logprobs"][rows]).exp() - 1).abs().tolist() if number == 0 else []
             if not torch.isfinite(loss):
                 runs.stop_non_finite(run_dir, "loss", batch, rows)
-            if args.target_kl is not None and sums[4] / minibatch_size > args.target_kl:
+            if args.target_kl is not None and sums[KL] / minibatch_size > args.target_kl:
                 break  # the rest of the minibatch can only add to k3: no backward
             loss.backward()
         sums = runs.sum_over_ranks(sums)
         history.append(sums[:-1] / sums[-1])  # of what was scored before the KL guard, mostly all
-        if number == 0 and (gap := np.quantile(sum(runs.gather_over_ranks(gaps), []), 0.99)) > limit:
-            raise RuntimeError(
-                f"|ratio - 1| = {gap:.1e} before the first update exceeds ratio_tolerance = {limit}: act and "
-                "evaluate disagree; use float32, or for bfloat16 --recompute-logprobs and a higher --ratio-tolerance"
-            )
-        if args.target_kl is not None and sums[4] / minibatch_size > args.target_kl:
+        if number == 0:
+            gap = np.quantile(sum(runs.gather_over_ranks(gaps), []), 0.99)  # of |ratio - 1|, all ratios should be 1
+            if gap > limit:
+                raise RuntimeError(
+                    f"1 % of |ratio - 1| exceed {gap:.1e} before the first update, ratio_tolerance = {limit}: act and "
+                    "evaluate disagree; use float32, or in bfloat16 --recompute-logprobs and a higher --ratio-tolerance"
+                )
+        if args.target_kl is not None and sums[KL] / minibatch_size > args.target_kl:
             break  # the same sum on every rank; this minibatch is dropped
         runs.sum_gradients(parameters)
         grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item())
@@ -261,37 +279,38 @@ def update(model, optimizer, batch, args, rng, run_dir):
 
 
 # metric train/KEY: the environment's name for it
-EPISODE_METRICS = dict(success_at_end="success", success_once="success_once", grasped="grasped", **{"return": "return"})
+EPISODE_METRICS = {"success_at_end": "success"} | {key: key for key in ("success_once", "grasped", "return")}
 
 
 def main(args: Args):
     # Shapes: T = num_steps, N = environments of this rank, A = 7 action tokens, B = T * N samples of this rank.
     # --- setup ---
     check_args(args)
-    model_name = args.model or ("checkpoints/tiny-warmup" if Path("checkpoints/tiny-warmup").is_dir() else "tiny")
+    model_name = args.model or "checkpoints/tiny-warmup"
     if args.dry_run:
         return print(logs.plan(asdict(args), asdict(PRESETS["default"]), model_name))
     rendering = args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
     check_env_args(args.task, args.split, args.assets, *rendering)
-    check_renderer("gpu" if args.sim_device == "cuda" else "cpu")
+    check_simulator(args.sim_device)
     from common.vla import load_vla, save_vla  # 4 s that bad input and the simulator's processes need not wait for
 
     device = runs.setup_ranks(args.device, args.dtype)
     rank, world_size = runs.rank_and_world_size()
     torch.set_num_threads(max(1, args.torch_threads // runs.ranks_here()))
     runs.seed_everything(args.seed)
-    run_dir = args.resume or f"runs/{args.name or time.strftime(f'grpo_vla-{args.task}-{args.seed}-%Y%m%d-%H%M%S')}"
-    run_dir = Path(runs.gather_over_ranks(run_dir)[0])
+    name = args.name or time.strftime(f"{Path(__file__).stem}-{args.task}-{args.seed}-%Y%m%d-%H%M%S")
+    run_dir = Path(runs.gather_over_ranks(args.resume or f"runs/{name}")[0])
     checkpoint = runs.find_checkpoint(run_dir) if args.resume else None
 
     # --- model and optimizer ---
+    adapter = None if checkpoint else args.adapter or None
+    unnorm_key = runs.find_key(checkpoint or model_name, adapter, args.unnorm_key, args.assets)
     model = load_vla(
         checkpoint or model_name, device, getattr(torch, args.dtype), args.lora_rank, args.lora_targets,
-        adapter=None if checkpoint else args.adapter or None, separate_critic=False, value_head=False, seed=args.seed,
+        adapter=adapter, value_head=False, seed=args.seed,
         freeze_vision=args.freeze_vision,
     )  # fmt: skip
     model.checkpoint_activations(args.activation_checkpointing)
-    unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key, args.assets)
     params = {"policy": model.trainable_parameters()["policy"]}
     learning_rates = {"policy": args.learning_rate}
     groups = [{"params": params[name], "lr": lr} for name, lr in learning_rates.items()]
@@ -302,7 +321,7 @@ def main(args: Args):
         state = runs.load_training_state(checkpoint)
         runs.load_optimizer(optimizer, state["optimizer"])
         progress = state["progress"]
-    reference = runs.start_policy(model, *progress["start"]) if args.kl_coef > 0 else None
+    reference = start_policy(model, *progress["start"]) if args.kl_coef > 0 else None
 
     # --- environments, logger, checkpoints, evaluation ---
     num_envs = args.num_envs // world_size

@@ -31,23 +31,24 @@ import torch.nn.functional as F
 
 from common import logs, runs
 from common.critic import state_features
-from common.doctor import check_renderer
+from common.doctor import check_simulator
 from common.env import check_env_args
 from common.evaluate import evaluate, training_ids
 from common.vec_env import make_envs
 
 
 # --- args ---
-# Sources: [P] the paper's code (RL4VLA), [C] CleanRL, [M] measured here (docs/ppo_vla.md), [D] our decision.
 @dataclass
 class Args:
+    """[P] the paper's code (RL4VLA), [C] CleanRL, [M] measured here (docs/log.md), [D] our decision; [P] 80: value."""
+
     # run
     preset: Literal["default", "paper"] = "default"  # defaults of all other flags: embedded small model, or OpenVLA-7B
     name: str = ""  # run directory runs/NAME; empty = ppo_vla-TASK-SEED-TIME
     resume: str = ""  # run directory to continue exactly; its Args become the defaults
     seed: int = 1  # weights of `--model tiny`, training episodes, sampling, minibatches [C]
     device: str = "auto"  # of the model: cpu, cuda, or auto
-    torch_threads: int = 2  # CPU threads of the model, over the ranks of a machine; the simulator has its own processes
+    torch_threads: int = 2  # of the model on a CPU, over all ranks of a machine; more cores: more ranks (torchrun)
     track: bool = False  # log to Weights & Biases too
     dry_run: bool = False  # print the plan with a memory estimate, and leave
     # environment
@@ -65,7 +66,7 @@ class Args:
     sim_device: Literal["cpu", "cuda"] = "cpu"  # worker processes, or one batched GPU simulation [P] cuda
     num_workers: int = 0  # environment processes per rank; 0 = share the cores
     # model
-    model: str = ""  # directory, hub id or tiny (random); empty = checkpoints/tiny-warmup if it exists, else tiny
+    model: str = ""  # directory, hub id or tiny (random); empty = checkpoints/tiny-warmup
     adapter: str = ""  # LoRA directory on top of model that training continues
     unnorm_key: str = ""  # action statistics; empty = the model's only key
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls and frozen weights; trained weights stay float32
@@ -85,17 +86,17 @@ class Args:
     num_steps: int = 160  # control steps per environment and rollout, a multiple of max_episode_steps [M]; [P] 80
     reset_after_success: int = 5  # steps that success lasts until the episode ends [D]; 0 = never [P]; 1: RLinf
     learning_rate: float = 1e-4  # AdamW, policy [P]
-    value_learning_rate: float = 1e-3  # AdamW, value head and a separate critic; [P] 3e-3 [M]
+    value_learning_rate: float = 1e-3  # AdamW, value head and a separate critic [D]; [P] 3e-3
     anneal_lr: bool = True  # linear to 0 over the run [D]; [P] constant
     weight_decay: float = 0.01  # AdamW [P]
-    value_warmup_iterations: int = 3  # first iterations that train the value alone [M]; [P] 0
+    value_warmup_iterations: int = 3  # first iterations that train the value alone [D]; [P] 0
     value_input: Literal["state", "h0", "hn", "concat"] = "state"  # the simulator's [M], or a hidden state; [P] h0
-    value_epochs: int = 4  # passes of a state critic over a rollout [M]
+    value_epochs: int = 4  # passes of a state critic over a rollout [D]
     separate_critic: bool = False  # critic with a backbone of its own [P]
     gamma: float = 0.99  # discount [P]
     gae_lambda: float = 0.8  # lower: less noise, more trust in the critic [M]; [P] 0.95
     update_epochs: int = 1  # passes over a rollout [P]
-    num_minibatches: int = 20  # optimizer steps per epoch [M]; [P] 32 of 160 samples
+    num_minibatches: int = 20  # optimizer steps per epoch [D]; [P] 32 of 160 samples
     micro_batch_size: int = 128  # samples per forward; only memory and speed depend on it; [P] 8
     norm_adv: bool = True  # advantages to mean 0, std 1 once per rollout, over all ranks [P]
     clip_coef: float = 0.2  # of the ratio [P]
@@ -108,7 +109,7 @@ class Args:
     target_kl: float | None = None  # a minibatch beyond it is dropped and ends the update; [P] none
     ratio_level: Literal["action", "token"] = "action"  # one ratio per step [P], or one per token
     recompute_logprobs: bool = False  # old log-probs by the update's own forward (bfloat16); always so at token level
-    ratio_tolerance: float | None = None  # of |ratio - 1| before an update; None: .01, bfloat16 .05; beyond: stop [D]
+    ratio_tolerance: float | None = None  # 99 % of |ratio - 1| must be below it; None: .01, in bfloat16 .05 [D]
 
 
 PRESETS = {
@@ -126,14 +127,15 @@ PRESETS = {
 
 def check_args(args):
     """What can be refused before a model or a simulator is loaded: ValueError with values, rule and fix."""
-    positive = "num_iterations update_epochs value_epochs micro_batch_size checkpoint_every torch_threads temperature"
-    positive = {name: getattr(args, name) for name in (*positive.split(), "huber_delta", "max_grad_norm")}
+    names = """num_iterations update_epochs value_epochs micro_batch_size checkpoint_every torch_threads temperature
+        huber_delta max_grad_norm"""
+    positive = {name: getattr(args, name) for name in names.split()}
     runs.check_rollout(args.num_envs, args.num_steps, args.max_episode_steps, args.num_minibatches, **positive)
     runs.check_run(args)
     if args.separate_critic and args.value_input != "h0":
         raise ValueError(f"separate_critic = True reads 'h0' of its own backbone, not {args.value_input!r}; use 'h0'")
     if args.reset_after_success < 0:
-        raise ValueError(f"reset_after_success = {args.reset_after_success} must be >= 0; use 0 (never) or 3")
+        raise ValueError(f"reset_after_success = {args.reset_after_success} must be >= 0; use 0 (never) or 5")
     if args.reset_after_success and args.sim_device == "cuda":
         raise ValueError("reset_after_success needs resets of single environments; use --sim-device cpu, or 0")
 
@@ -197,6 +199,7 @@ def value_loss(values, old_values, returns, value_clip_coef, huber_delta):
 
 
 STATS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+KL = STATS.index("approx_kl")
 
 
 def update_critic(critic, optimizer, batch, args, rng, run_dir):
@@ -225,17 +228,19 @@ def update(model, optimizer, batch, args, rng, run_dir):
     """PPO epochs over one rollout. A minibatch spans all ranks; each accumulates its part in micro-batches.
 
     Args:
-        batch: this rank's B samples, one row each: images, instructions (list), action_tokens (B, A) int64, logprobs,
-            values, advantages, returns (B,) float32, index (B,) int64: the sample's number among those of all ranks.
+        batch: this rank's B samples, one row each: images (as `model.rollout_inputs` gave them), instructions (list),
+            action_tokens (B, A) int64, logprobs, values, advantages, returns (B,) float32, index (B,) int64: the
+            sample's number among those of all ranks; states (B, D) float32 of a state critic, which `update_critic`
+            trains: here its values are 0 and not learned.
         rng: np.random.Generator, in the same state on every rank: it draws the minibatches.
     Returns: dict of losses/*, means over minibatches. Raises: RuntimeError and FloatingPointError, see the guards.
     """
     token_level, num_rows = args.ratio_level == "token", len(batch["index"])
     minibatch_size = sum(runs.gather_over_ranks(num_rows)) // args.num_minibatches
     epochs = [runs.minibatches(batch["index"], args.num_minibatches, rng) for _ in range(args.update_epochs)]
-    own = "states" in batch  # a state critic learns in `update_critic`
-    parameters = [p for group in optimizer.param_groups[: 1 if own else None] for p in group["params"]]
-    vf_coef = 0.0 if own else args.vf_coef
+    policy, value = (group["params"] for group in optimizer.param_groups)
+    parameters = policy if "states" in batch else policy + value
+    vf_coef = 0.0 if "states" in batch else args.vf_coef
 
     def score(rows):
         inputs = batch["images"][rows], [batch["instructions"][row] for row in rows], batch["action_tokens"][rows]
@@ -269,18 +274,20 @@ def update(model, optimizer, batch, args, rng, run_dir):
                 gaps += ((joint - batch["logprobs"][rows]).exp() - 1).abs().tolist() if number == 0 else []
             if not torch.isfinite(loss):
                 runs.stop_non_finite(run_dir, "loss", batch, rows)
-            if args.target_kl is not None and sums[4] / minibatch_size > args.target_kl:
+            if args.target_kl is not None and sums[KL] / minibatch_size > args.target_kl:
                 break  # the rest of the minibatch can only add to k3: no backward
             if loss.requires_grad:  # not in the value warm-up of a state critic
                 loss.backward()
         sums = runs.sum_over_ranks(sums)
         history.append(sums[:-1] / sums[-1])  # of what was scored before the KL guard, mostly all
-        if number == 0 and (gap := np.quantile(sum(runs.gather_over_ranks(gaps), []), 0.99)) > limit:
-            raise RuntimeError(
-                f"|ratio - 1| = {gap:.1e} before the first update exceeds ratio_tolerance = {limit}: act and "
-                "evaluate disagree; use float32, or for bfloat16 --recompute-logprobs and a higher --ratio-tolerance"
-            )
-        if args.target_kl is not None and sums[4] / minibatch_size > args.target_kl:
+        if number == 0:
+            gap = np.quantile(sum(runs.gather_over_ranks(gaps), []), 0.99)  # of |ratio - 1|, all ratios should be 1
+            if gap > limit:
+                raise RuntimeError(
+                    f"1 % of |ratio - 1| exceed {gap:.1e} before the first update, ratio_tolerance = {limit}: act and "
+                    "evaluate disagree; use float32, or in bfloat16 --recompute-logprobs and a higher --ratio-tolerance"
+                )
+        if args.target_kl is not None and sums[KL] / minibatch_size > args.target_kl:
             break  # the same sum on every rank; this minibatch is dropped
         if not any(p.requires_grad for p in parameters):
             break  # the value warm-up of a state critic: nothing steps, one minibatch has checked the ratio
@@ -295,37 +302,38 @@ def update(model, optimizer, batch, args, rng, run_dir):
 
 
 # metric train/KEY: the environment's name for it
-EPISODE_METRICS = dict(success_at_end="success", success_once="success_once", grasped="grasped", **{"return": "return"})
+EPISODE_METRICS = {"success_at_end": "success"} | {key: key for key in ("success_once", "grasped", "return")}
 
 
 def main(args: Args):
     # Shapes: T = num_steps, N = environments of this rank, A = 7 action tokens, B = T * N samples of this rank.
     # --- setup ---
     check_args(args)
-    model_name = args.model or ("checkpoints/tiny-warmup" if Path("checkpoints/tiny-warmup").is_dir() else "tiny")
+    model_name = args.model or "checkpoints/tiny-warmup"
     if args.dry_run:
         return print(logs.plan(asdict(args), asdict(PRESETS["default"]), model_name))
     rendering = args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
     check_env_args(args.task, args.split, args.assets, *rendering)
-    check_renderer("gpu" if args.sim_device == "cuda" else "cpu")
+    check_simulator(args.sim_device)
     from common.vla import load_vla, save_vla  # 4 s that bad input and the simulator's processes need not wait for
 
     device = runs.setup_ranks(args.device, args.dtype)
     rank, world_size = runs.rank_and_world_size()
     torch.set_num_threads(max(1, args.torch_threads // runs.ranks_here()))
     runs.seed_everything(args.seed)
-    run_dir = args.resume or f"runs/{args.name or time.strftime(f'ppo_vla-{args.task}-{args.seed}-%Y%m%d-%H%M%S')}"
-    run_dir = Path(runs.gather_over_ranks(run_dir)[0])
+    name = args.name or time.strftime(f"{Path(__file__).stem}-{args.task}-{args.seed}-%Y%m%d-%H%M%S")
+    run_dir = Path(runs.gather_over_ranks(args.resume or f"runs/{name}")[0])
     checkpoint = runs.find_checkpoint(run_dir) if args.resume else None
 
     # --- model and optimizer ---
+    adapter = None if checkpoint else args.adapter or None
+    unnorm_key = runs.find_key(checkpoint or model_name, adapter, args.unnorm_key, args.assets)
     model = load_vla(
         checkpoint or model_name, device, getattr(torch, args.dtype), args.lora_rank, args.lora_targets,
-        adapter=None if checkpoint else args.adapter or None, value_input=args.value_input,
+        adapter=adapter, value_input=args.value_input,
         separate_critic=args.separate_critic, seed=args.seed, freeze_vision=args.freeze_vision,
     )  # fmt: skip
     model.checkpoint_activations(args.activation_checkpointing)
-    unnorm_key = runs.choose_key(model.norm_stats, args.unnorm_key, args.assets)
     params = model.trainable_parameters()
     learning_rates = {"policy": args.learning_rate, "value": args.value_learning_rate}
     groups = [{"params": params[name], "lr": lr} for name, lr in learning_rates.items()]
@@ -435,7 +443,7 @@ def main(args: Args):
         rng = np.random.default_rng((args.seed, iteration, args.num_envs))  # beyond the environments' numbers
         batch |= {"states": torch.cat(states)} if critic else {}
         metrics = update(model, optimizer, batch, args, rng, run_dir)
-        metrics |= update_critic(critic, optimizer, batch, args, rng, run_dir) if critic else {}
+        metrics |= update_critic(critic, optimizer, batch, args, rng, run_dir) if critic else {}  # its own value_loss
         update_s = time.time() - start - rollout_s
 
         # --- metrics ---

@@ -28,16 +28,17 @@ import torch.nn.functional as F
 
 from common import logs, runs
 from common.demos import action_statistics, load_demos, read_header
-from common.doctor import check_renderer
+from common.doctor import check_simulator
 from common.env import check_env_args
 from common.evaluate import evaluate
 from common.vec_env import make_envs
 
 
 # --- args ---
-# Sources: [P] the paper's code (RL4VLA), [M] measured here (docs/sft_vla.md), [D] our decision.
 @dataclass
 class Args:
+    """[P] the paper's code (RL4VLA), [M] measured here (docs/log.md), [D] our decision."""
+
     # run
     preset: Literal["default", "warmup", "baseline"] = "default"  # embedded small model, or OpenVLA-7B as in the paper
     name: str = ""  # run directory runs/NAME; empty = sft_vla-TASK-SEED-TIME
@@ -60,7 +61,7 @@ class Args:
     sim_device: Literal["cpu", "cuda"] = "cpu"  # worker processes, or one batched GPU simulation [P] cuda
     num_workers: int = 0  # environment processes per rank; 0 = share the cores
     # model
-    model: str = ""  # directory, hub id or tiny (random); empty = checkpoints/tiny-pretrained if it exists, else tiny
+    model: str = ""  # directory, hub id or tiny (random); empty = checkpoints/tiny-pretrained
     adapter: str = ""  # LoRA directory on top of model
     merge_adapter: bool = False  # add the adapter to the weights and train a new one [P baseline], or go on training it
     unnorm_key: str = "cleanvla"  # name of the action statistics in the checkpoint
@@ -101,7 +102,8 @@ PAPER = dict(
 PRESETS = {
     "default": Args(),
     "warmup": Args(  # keeps the statistics of OpenVLA's training data, as published
-        preset="warmup", **PAPER | {"statistics": "model"}, unnorm_key="bridge_orig", num_iterations=20, augment=True,
+        preset="warmup", **PAPER | {"statistics": "model", "val_demos": 5}, unnorm_key="bridge_orig", num_iterations=20,
+        augment=True,
     ),
     "baseline": Args(  # checkpoints hold the merged weights too, 15 GB
         preset="baseline", **PAPER | {"drop_idle": "published"}, num_iterations=600, eval_every=50, checkpoint_every=50,
@@ -130,6 +132,11 @@ def check_args(args):
                 raise ValueError(f"{path} was recorded with {key} = {settings[key]}, this run has {here}; change one")
 
 
+def wanted_key(args):
+    """Of kept statistics, whose name nobody gave, the only one; else the one of the flag."""
+    return "" if (args.statistics, args.unnorm_key) == ("model", Args.unnorm_key) else args.unnorm_key
+
+
 def load_data(args, model):
     """Samples, a dict of rows: images (uint8, as the model sees them), instructions, actions (float32), action_tokens;
     the rows of training and of validation, and the unnorm_key. Replaces the model's action statistics unless they are
@@ -146,8 +153,7 @@ def load_data(args, model):
         statistics = demos.statistics if args.statistics == "symmetric" else action_statistics(demos.actions, None)
         model.norm_stats.clear()
         model.norm_stats[args.unnorm_key] = {"action": statistics, "assets": args.assets}
-    key = args.unnorm_key if args.statistics != "model" or args.unnorm_key in model.norm_stats else ""
-    unnorm_key = runs.choose_key(model.norm_stats, key, args.assets)
+    unnorm_key = runs.choose_key(model.norm_stats, wanted_key(args), args.assets)
     data = {"images": demos.images, "actions": torch.as_tensor(demos.actions)}
     data["instructions"] = [demos.instructions[episode] for episode in demos.episodes]
     data["action_tokens"] = model.tokens_from_actions(demos.actions, unnorm_key)
@@ -191,24 +197,24 @@ def cross_entropy(model, data, rows, images):
     return -model.evaluate(images, texts, tokens, return_token_logprobs=True)[0].mean(1)
 
 
+VALIDATION = ("cross_entropy", "token_accuracy", "gripper_accuracy", "l1_xyz_mm", "l1_rotation_mrad")
+
+
 @torch.no_grad()
 def validate(model, data, rows, unnorm_key, micro_batch_size, max_rows):
-    """Metrics of at most `max_rows` evenly spread rows; tokens are greedy and autoregressive, as in an episode."""
+    """Means of at most `max_rows` evenly spread rows, shared out over ranks; tokens are greedy, as in an episode."""
     rows = rows[torch.linspace(0, len(rows) - 1, min(max_rows, len(rows))).long()]
-    losses, tokens = [], []
-    for part in rows.split(micro_batch_size):
+    rank, world_size = runs.rank_and_world_size()
+    sums = torch.zeros(5, device=model.device)
+    for part in rows[rank::world_size].split(max(64, micro_batch_size)):  # no gradients: more fit
         images = data["images"][part]
-        losses.append(cross_entropy(model, data, part, images).cpu())
-        tokens.append(model.act(images, [data["instructions"][row] for row in part], temperature=0)[0].cpu())
-    tokens = torch.cat(tokens)
-    error = (model.actions_from_tokens(tokens, unnorm_key) - data["actions"][rows]).abs()
-    return {
-        "cross_entropy": torch.cat(losses).mean().item(),
-        "token_accuracy": (tokens == data["action_tokens"][rows]).float().mean().item(),
-        "gripper_accuracy": (error[:, 6] < 0.9).float().mean().item(),
-        "l1_xyz_mm": 1000 * error[:, :3].mean().item(),
-        "l1_rotation_mrad": 1000 * error[:, 3:6].mean().item(),
-    }
+        tokens = model.act(images, [data["instructions"][row] for row in part], temperature=0)[0].cpu()
+        error = (model.actions_from_tokens(tokens, unnorm_key) - data["actions"][part]).abs()
+        losses, right = cross_entropy(model, data, part, images).cpu(), tokens == data["action_tokens"][part]
+        moves = 1000 * error[:, :3].mean(1), 1000 * error[:, 3:6].mean(1)
+        values = losses, right.float().mean(1), (error[:, 6] < 0.9).float(), *moves
+        sums += torch.stack([x.sum() for x in values]).to(model.device)
+    return dict(zip(VALIDATION, (runs.sum_over_ranks(sums) / len(rows)).tolist(), strict=True))
 
 
 def update(model, optimizer, data, rows, number, args, run_dir):
@@ -239,26 +245,28 @@ def main(args: Args):
     # Shapes: M samples of a minibatch over all ranks, A = 7 action tokens.
     # --- setup ---
     check_args(args)
-    pretrained = "checkpoints/tiny-pretrained"
-    model_name = args.model or (pretrained if Path(pretrained).is_dir() else "tiny")
+    model_name = args.model or "checkpoints/tiny-pretrained"
     if args.eval_every:
         rendering = args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
         check_env_args(args.task, args.split, args.assets, *rendering)
-        check_renderer("gpu" if args.sim_device == "cuda" else "cpu")
+        check_simulator(args.sim_device)
     from common.vla import load_vla, save_vla  # 4 s that bad input and the simulator's processes need not wait for
 
     device = runs.setup_ranks(args.device, args.dtype)
     rank, world_size = runs.rank_and_world_size()
     torch.set_num_threads(max(1, args.torch_threads // runs.ranks_here()))
     runs.seed_everything(args.seed)
-    run_dir = args.resume or f"runs/{args.name or time.strftime(f'sft_vla-{args.task}-{args.seed}-%Y%m%d-%H%M%S')}"
-    run_dir = Path(runs.gather_over_ranks(run_dir)[0])
+    name = args.name or time.strftime(f"{Path(__file__).stem}-{args.task}-{args.seed}-%Y%m%d-%H%M%S")
+    run_dir = Path(runs.gather_over_ranks(args.resume or f"runs/{name}")[0])
     checkpoint = runs.find_checkpoint(run_dir) if args.resume else None
 
     # --- model, data and optimizer ---
+    adapter = None if checkpoint else args.adapter or None
+    if args.statistics == "model":
+        runs.find_key(checkpoint or model_name, adapter, wanted_key(args), args.assets)
     model = load_vla(
         checkpoint or model_name, device, getattr(torch, args.dtype), args.lora_rank, args.lora_targets,
-        adapter=None if checkpoint else args.adapter or None, value_head=False, seed=args.seed,
+        adapter=adapter, value_head=False, seed=args.seed,
         merge_adapter=args.merge_adapter and not checkpoint,
     )  # fmt: skip
     model.checkpoint_activations(args.activation_checkpointing)

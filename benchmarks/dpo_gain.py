@@ -59,7 +59,7 @@ def main(args: Args):
         dpo_vla.check_args(setting)
     torch.set_num_threads(args.torch_threads)
     start = used[0]["model"] or "checkpoints/tiny-warmup"
-    load = lambda: load_vla(start, value_head=False, separate_critic=False, freeze_vision=True)  # noqa: E731
+    load = lambda: load_vla(start, value_head=False, freeze_vision=True)  # noqa: E731
     halves = [load_pairs(path, load()) for path in args.runs]
     for text, setting in zip(args.settings, settings, strict=True):
         began, gains, kls = time.time(), [], []

@@ -86,7 +86,9 @@ def locate(name: str, adapter: str | Path | None = None) -> Source:
         source = locate_full(name, folder)
     if adapter is not None:
         source.adapter = Path(adapter)
-        read_json(source.adapter / ADAPTER_CONFIG)
+        base = read_json(source.adapter / ADAPTER_CONFIG).get("base_model_name_or_path") or name
+        if Path(base).name not in (Path(name).name, "base"):
+            print(f"{adapter} was trained on {base}, not on {name}: right only if the weights are the same")
         keys_of(source.adapter / ADAPTER)
         if (source.adapter / "dataset_statistics.json").is_file():
             source.config["norm_stats"] = read_json(source.adapter / "dataset_statistics.json")
@@ -130,12 +132,18 @@ def locate_full(name: str, folder: Path) -> Source:
     return Source(name, config, folder / "tokenizer.json", weights, value_file=value_file)
 
 
-def download(name: str) -> Path:
+def check_hub_id(name: str) -> None:
+    """FileNotFoundError for a directory that does not exist: it must neither be downloaded nor planned as OpenVLA."""
     here = Path(name).parent.is_dir() or name.split("/")[0] in ("runs", "checkpoints", "results")
     if here or not re.fullmatch(r"[\w-]+/[\w.-]+", name):
+        fix = "checkpoints/ is in the repository's root; random weights: tiny"
         raise FileNotFoundError(
-            f"model {name!r} is neither 'tiny' nor a directory nor like the hub id openvla/openvla-7b"
+            f"model {name!r} is neither a directory in {Path.cwd()} nor like the hub id openvla/openvla-7b; {fix}"
         )
+
+
+def download(name: str) -> Path:
+    check_hub_id(name)
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:
@@ -201,15 +209,20 @@ def cast_parameters(module, dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+def check_lora(source: Source, rank: int, targets: str, merge: bool) -> None:
+    """ValueError before any weight is read."""
+    if targets not in LORA_TARGETS:
+        raise ValueError(f"lora_targets is {targets!r}; use one of {sorted(LORA_TARGETS)}")
+    if source.adapter is not None and not merge:
+        saved = read_json(source.adapter / ADAPTER_CONFIG)["r"]
+        if rank not in (0, saved):
+            raise ValueError(f"lora_rank = {rank}, but {source.adapter} has rank {saved}: use {saved}, or merge it")
+
+
 def apply_lora(backbone, source: Source, rank: int, targets: str, merge: bool) -> None:
     """The source's adapter (merge: added to the base weights), or a new one of `rank` with PEFT's gaussian start."""
     if source.adapter is not None:
-        config = LoraConfig.from_pretrained(str(source.adapter))
-        if not merge and rank not in (0, config.r):
-            raise ValueError(
-                f"lora_rank = {rank}, but {source.adapter} has rank {config.r}: use {config.r}, or merge it"
-            )
-        inject(backbone, config)
+        inject(backbone, LoraConfig.from_pretrained(str(source.adapter)))
         # PEFT also stores the base weights of an adapted lm_head, and RL4VLA's adapters cover dead layers too
         path, rename = source.adapter / ADAPTER, functools.partial(re.sub, r"\.(lora_[AB])\.", r".\1.default.")
         files = {k: path for k in keys_of(path) if "lora_" in k and not is_dead(backbone, k.removeprefix(PREFIX))}
@@ -225,8 +238,6 @@ def apply_lora(backbone, source: Source, rank: int, targets: str, merge: bool) -
             backbone.requires_grad_(True)
             source.private = True  # these weights are in no file: an adapter on top of them is saved with them
     if rank > 0 and (merge or source.adapter is None):
-        if targets not in LORA_TARGETS:
-            raise ValueError(f"lora_targets is {targets!r}; use one of {sorted(LORA_TARGETS)}")
         inject(backbone, LoraConfig(r=rank, lora_alpha=min(rank, 16), target_modules=LORA_TARGETS[targets],
                                     init_lora_weights="gaussian"))  # fmt: skip
 

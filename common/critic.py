@@ -7,7 +7,10 @@ import numpy as np
 import torch
 from torch import nn
 
-NUM_OBJECTS = 25  # of the benchmark
+from common.tasks import OBJECTS
+
+NUM_OBJECTS = max(split.stop for split in OBJECTS)
+NUM_FEATURES = 23 + 4 + 4 + 3 + 1 + NUM_OBJECTS
 
 
 class StateCritic(nn.Module):
@@ -37,6 +40,3 @@ def state_features(state, flags, progress):
     decimetres = (10 * np.concatenate(metres, 1)).clip(-10, 10)
     parts = (decimetres, thing[:, 3:], tcp[:, 3:], flags, progress[:, None], which)
     return torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32))
-
-
-NUM_FEATURES = 23 + 4 + 4 + 3 + 1 + NUM_OBJECTS

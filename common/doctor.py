@@ -27,6 +27,7 @@ FIXES = {  # by backend
     "cpu": "`make setup`, or install Mesa's software Vulkan >= 24.3 (Debian packages mesa-vulkan-drivers, libvulkan1)",
     "gpu": "install the NVIDIA driver's Vulkan part (in a container: NVIDIA_DRIVER_CAPABILITIES=all)",
 }
+PHYSX = ".sapien/physx/*/libPhysXGpu_64.so"
 
 
 @lru_cache
@@ -47,6 +48,14 @@ def check_renderer(backend: str = "cpu", picture: bool = False) -> str:
     except subprocess.TimeoutExpired:
         why = "no answer in 120 s"
     raise RuntimeError(f"renderer {backend!r} fails here ({why}); a Vulkan driver must open it; {FIXES[backend]}")
+
+
+def check_simulator(sim_device: str) -> None:
+    """RuntimeError with the fix unless "cpu" or "cuda" simulation will start here; downloads nothing."""
+    check_renderer("gpu" if sim_device == "cuda" else "cpu")
+    if sim_device == "cuda" and not any(Path.home().glob(PHYSX)):
+        fix = "fetch it once, before any torchrun: python -c 'import sapien.physx as p; p.enable_gpu()'"
+        raise RuntimeError(f"sim_device = 'cuda' needs SAPIEN's PhysX library, ~/{PHYSX} is missing; {fix}")
 
 
 def renderer_backend() -> str:
@@ -71,9 +80,8 @@ def _torch() -> str:
 
 def _simulator() -> str:
     backend = renderer_backend()
-    fetched = any(Path.home().glob(".sapien/physx/*/libPhysXGpu_64.so"))
-    on_gpu = f"physx_cuda, one batched simulation{'' if fetched else ' (SAPIEN downloads its library on first use)'}"
-    physics = on_gpu if backend == "gpu" else "physx_cpu, worker processes"
+    fetched = "" if any(Path.home().glob(PHYSX)) else " once SAPIEN's library is fetched: --sim-device cuda says how"
+    physics = f"physx_cuda, one batched simulation{fetched}" if backend == "gpu" else "physx_cpu, worker processes"
     mesa = subprocess.getoutput("dpkg-query --show --showformat '${Version}' mesa-vulkan-drivers")
     return f"ManiSkill {version('mani_skill')}, {physics}; {check_renderer(backend, picture=True)}; Mesa {mesa}"
 

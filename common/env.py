@@ -22,8 +22,7 @@ from mani_skill.utils.structs import Pose
 from mani_skill.utils.structs.types import GPUMemoryConfig, SceneConfig, SimConfig
 
 from common.assets import load_pack
-from common.expert import quat_to_matrix
-from common.robot import INITIAL_QPOS, WidowX
+from common.robot import INITIAL_QPOS, WidowX, quat_to_matrix
 from common.tasks import composite, decode, get_task, instruction, num_configurations
 
 ENV_ID = "CleanVLA-PutOnReceptacle-v1"
@@ -84,7 +83,7 @@ class PutOnReceptacleEnv(BaseEnv):
         self.set_task(task, split)
         self._frequencies = (sim_freq, solver_iterations)
         attributes = {"urdf_path": str(self.pack.robot_urdf), "image_size": self.image_size}
-        attributes |= {"shader_pack": shader_pack, "converges": fidelity == "fixed"}
+        attributes |= {"shader_pack": shader_pack}
         robot = type("PackWidowX", (WidowX,), attributes)
         super().__init__(*args, robot_uids=robot, **kwargs)
 

@@ -100,12 +100,12 @@ def run_episodes(policy, envs, episode_ids, record=0):
         actions, dones, steps = np.zeros((envs.num_envs, 7), np.float32), np.zeros(envs.num_envs, bool), 0
         while not dones.all():
             for row in frames.keys() & set(rows.tolist()):
-                frames[row].append(images[row - first])
+                frames[row].append(images[row - first].copy())  # not the whole batch
             actions[:n] = policy(images[:n], instructions[:n], rows)
             images, _, dones, infos = envs.step(actions)
             steps = (steps + 1) * infos["success"]
         for row in frames.keys() & set(rows.tolist()):
-            frames[row].append(images[row - first])
+            frames[row].append(images[row - first].copy())
         batch = {key: infos[key][:n] for key in ("success_once", "grasped", "held", "return")}
         batch |= {"success_at_end": infos["success"][:n], "success_steps": steps[:n]}
         batches.append(batch | {"instruction": np.array(instructions[:n])})

@@ -9,6 +9,8 @@ Units: metres, radians; poses are xyz + wxyz quaternion in the world; N environm
 
 import numpy as np
 
+from common.robot import quat_to_matrix
+
 STEP_M = (0.005, 0.01, 0.02, 0.04)  # speeds per axis and control step; the residual is at most half the smallest
 STEP_RAD = (0.05, 0.1, 0.2, 0.4)
 REACH, CLOSE, CARRY, OPEN, RETREAT = range(5)
@@ -16,17 +18,6 @@ OPENING_M = 0.051  # widest object that fits between the open fingers
 PALM_M = 0.02  # the palm is this far above the TCP: a grasp must not be deeper below the object's top
 TIP_M = 0.018  # the finger tips are this far below the TCP: the lowest grasp above the table
 MAX_TILT = 0.08  # rad; the usual start pose is 0.058 off vertical and stays so: roll and pitch actions are exactly 0
-
-
-def quat_to_matrix(q):
-    """Rotation matrices (N, 3, 3) of quaternions (N, 4) wxyz."""
-    w, x, y, z = (q / np.linalg.norm(q, axis=1, keepdims=True)).T
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]
-    return np.moveaxis(np.array(rows), 2, 0)
 
 
 def quantise(error, speeds):

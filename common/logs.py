@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from common.report import write_atomic
+from common.runs import write_atomic
 
 
 class Logger:
@@ -136,9 +136,12 @@ def plan(settings, default, model_name):
     from common.vla import Backbone
 
     s, local = argparse.Namespace(**settings), model_name == "tiny" or Path(model_name).is_dir()
+    if not local:
+        checkpoints.check_hub_id(model_name)
     openvla = {"text_config": {}, "image_sizes": [224], "n_action_bins": 256, "pad_to_multiple_of": 64}
     given = (s.adapter or None,) if local else (openvla, Path())
     source = (checkpoints.locate if local else checkpoints.Source)(model_name, *given)
+    checkpoints.check_lora(source, s.lora_rank, s.lora_targets, False)
     with torch.device("meta"):
         backbone = Backbone(source.config)
         checkpoints.apply_lora(backbone, source, s.lora_rank, s.lora_targets, False)

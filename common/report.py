@@ -6,15 +6,14 @@ python -m common.report results/NAME
 
 import json
 import math
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from common.evaluate import wilson
+from common.runs import write_atomic
 
 OOD = ("vision", "semantics", "execution")
 DIMENSIONS = {"id": "ID", "vision": "Vision", "semantics": "Semantics", "execution": "Execution", "ood": "all OOD"}
@@ -204,13 +203,6 @@ def figure(results: dict) -> Figure:
 
 
 # --- files ---
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """write(a temporary path beside it), then rename: neither a reader nor a kill ever meets half a file."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def make(directory: Path) -> None:
     """Write report.md and figure.png from directory/results.json."""
     results = json.loads((directory / "results.json").read_text())

@@ -15,13 +15,12 @@ class WidowX(WidowX250SBridgeDatasetFlatTable):
     """ManiSkill's WidowX with the camera at any size and, on CPU, a controller without tiny-tensor overhead.
 
     `set_action` computes exactly what ManiSkill's controllers compute, in numpy. On GPU these are its own, where
-    inverse kinematics is one step of a solver, not repeated until it converges; `converge` adds a second one.
+    inverse kinematics is one step of a solver, where the benchmark's own repeats it; `converge` adds a second one.
     """
 
     uid = "widowx250s_cleanvla"
     image_size = (640, 480)
     shader_pack = "default"
-    converges = True  # as published: False
 
     @property
     def _sensor_configs(self):
@@ -44,7 +43,7 @@ class WidowX(WidowX250SBridgeDatasetFlatTable):
     def set_action(self, action):
         if self.scene.gpu_sim_enabled:
             super().set_action(action)
-            return self.converge() if self.converges else None
+            return self.converge()
         action = np.asarray(action, dtype=np.float64).reshape(7)
         arm, gripper = self.controller.controllers["arm"], self.controller.controllers["gripper"]
         target = arm._target_pose.raw_pose[0].numpy()  # a view: the target advances in place, also when IK fails
@@ -71,6 +70,17 @@ class WidowX(WidowX250SBridgeDatasetFlatTable):
         settings = {"solver_config": arm.config.delta_solver_config}
         arm._target_qpos = arm.kinematics.compute_ik(arm._target_pose, qpos, **settings)
         arm.set_drive_targets(arm._target_qpos)
+
+
+def quat_to_matrix(q):
+    """Rotation matrices (N, 3, 3) of quaternions (N, 4) wxyz."""
+    w, x, y, z = (q / np.linalg.norm(q, axis=1, keepdims=True)).T
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return np.moveaxis(np.array(rows), 2, 0)
 
 
 def _euler_xyz_quaternion(angles):

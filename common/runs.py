@@ -4,7 +4,6 @@ Without torchrun there is one rank, and functions over ranks return their input.
 """
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
@@ -13,6 +12,7 @@ import shutil
 import signal
 import sys
 import timeit
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,9 @@ import tyro
 
 # --- command line ---
 # What --resume must not change: the rollouts, which weights train, and what the best checkpoint is the best of.
-FIXED = """preset name model adapter seed num_envs num_steps num_updates lora_rank lora_targets freeze_vision
-    value_input separate_critic task split episode_ids eval_episodes eval_temperature""".split()
+FIXED = """preset name model adapter unnorm_key seed num_envs num_steps num_updates lora_rank lora_targets freeze_vision
+    value_input separate_critic task split episode_ids assets max_episode_steps image_size sim_freq solver_iterations
+    fidelity shader_pack sim_device eval_episodes eval_temperature""".split()
 NOT_NEGATIVE = """eval_every eval_temperature num_videos num_workers lora_rank weight_decay kl_coef keep_pairs gamma
     gae_lambda learning_rate value_learning_rate clip_coef clip_low clip_high value_clip_coef ratio_tolerance
     margin_tolerance num_demos""".split()
@@ -53,7 +54,7 @@ def parse_args(args_class, presets, argv=None):
     args = tyro.cli(args_class, default=default, args=argv)
     for key in FIXED if chosen.resume else ():
         if (now := getattr(args, key, None)) != (was := getattr(default, key, None)):
-            raise ValueError(f"{key} = {now!r}, the run to resume has {was!r}, which is fixed; start a new run")
+            raise ValueError(f"{key} = {now!r}, the run to resume has {was!r}, which is fixed; start a new run from it")
     return args
 
 
@@ -111,19 +112,14 @@ def choose_key(norm_stats, unnorm_key, assets=""):
     return key
 
 
-def start_policy(model, name_or_path, adapter=None, seed=0):
-    """-> function that makes a context: the frozen policy that `load_vla` made of these before `model` was trained."""
-    from common import checkpoints, vla  # slow to import
+def find_key(model, adapter, unnorm_key, assets):
+    """`choose_key` of a model that is not loaded yet: reads its configuration only."""
+    from common.checkpoints import locate  # slow to import
 
-    if hasattr(model.backbone, "peft_config") and checkpoints.locate(str(name_or_path), adapter).adapter is None:
-        return model.reference
-    # All weights are trained, or the adapter was there before: only a copy is the start.
-    settings = dict(adapter=adapter, seed=seed, separate_critic=False, value_head=False, trainable=False)
-    frozen = vla.load_vla(name_or_path, model.device, model.dtype, **settings)
-    return lambda: contextlib.nullcontext(frozen)
+    return choose_key(locate(str(model), adapter).config["norm_stats"], unnorm_key, assets)
 
 
-# --- ranks of torchrun ---
+# --- device and ranks ---
 def bfloat16_speed():
     """Speed of bfloat16 matmuls on this CPU over that of float32 ones: about 0.1 where bfloat16 is emulated."""
     matrices = [torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
@@ -146,7 +142,8 @@ def setup_ranks(device, dtype):
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # NCCL's 10 minutes are too few where one machine downloads 15 GB, or rank 0 writes them.
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=1))
     return torch.device(device)
 
 
@@ -204,7 +201,14 @@ def sum_gradients(parameters):
         parameter.grad = gradient.view_as(parameter) if count else None
 
 
-# --- training checkpoints ---
+# --- files, training checkpoints ---
+def write_atomic(path, write):
+    """write(a temporary path beside it), then rename: neither a reader nor a kill ever meets half a file."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    write(temporary)
+    os.replace(temporary, path)
+
+
 def find_checkpoint(run_dir, kind="checkpoint"):
     """The complete checkpoint directory with the highest number."""
     found = sorted(Path(run_dir).glob(f"{kind}-[0-9]*"))

@@ -25,7 +25,7 @@ SCALARS = (
     ("grasped", np.bool_),
     ("held", np.bool_),
 )
-INFO_KEYS = ("return", "elapsed_steps", "success", "success_once", "grasped", "held")
+INFO_KEYS = tuple(name for name, _ in SCALARS if name not in ("rewards", "return"))  # what an environment's info has
 START_TIMEOUT_S, STEP_TIMEOUT_S = 300, 300
 
 
@@ -71,7 +71,7 @@ class CpuEnvs:
 
     reset(episode_ids (N,) or (len(env_ids),), env_ids=None) -> images (N, H, W, 3) uint8, instructions list[str] (N,)
     step(actions (N, 7) float32; gripper > 0.5 opens, else closes)
-        -> images, rewards (N,) float32, dones (N,) bool: the step limit, infos: dict of (N,) arrays (`INFO_KEYS`)
+        -> images, rewards (N,) float32, dones (N,) bool: the step limit, infos: dict (N,) (`INFO_KEYS`, return)
     There is no auto-reset. All returned arrays are copies.
     """
 
@@ -119,7 +119,7 @@ class CpuEnvs:
             raise ValueError(f"actions {actions.shape} must have shape ({self.num_envs}, 7)")
         self._views["actions"][:] = decode_gripper(actions)
         self._command("step")
-        infos = {key: self._views[key].copy() for key in INFO_KEYS}
+        infos = {key: self._views[key].copy() for key in (*INFO_KEYS, "return")}
         dones = infos["elapsed_steps"] >= self.max_episode_steps
         return self._views["images"].copy(), self._views["rewards"].copy(), dones, infos
 
@@ -207,7 +207,7 @@ def _worker(pipe, memory, rows, num_envs, env_kwargs):
             views["images"][row] = obs["sensor_data"][CAMERA]["rgb"][0].numpy()
             views["rewards"][row] = reward
             views["return"][row] += reward
-            for key in INFO_KEYS[1:]:
+            for key in INFO_KEYS:
                 views[key][row] = info[key].item()
 
         def reset(ids):
@@ -267,7 +267,7 @@ class GpuEnvs:
         obs, rewards, _, _, info = self._env.step(decode_gripper(np.asarray(actions, dtype=np.float32)))
         rewards = rewards.cpu().numpy().astype(np.float32)
         self._return = self._return + rewards
-        infos = {key: info[key].cpu().numpy() for key in INFO_KEYS[1:]} | {"return": self._return}
+        infos = {key: info[key].cpu().numpy() for key in INFO_KEYS} | {"return": self._return}
         return self._images(obs), rewards, infos["elapsed_steps"] >= self.max_episode_steps, infos
 
     def _images(self, obs):

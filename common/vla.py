@@ -328,9 +328,8 @@ def load_vla(
     """
     source = checkpoints.locate(str(name_or_path), adapter)
     settings = {"value_input": value_input or source.value_settings.get("value_input", "h0")}
-    settings["separate_critic"] = value_head and source.value_settings.get("separate_critic") == "True"
-    if separate_critic is not None:
-        settings["separate_critic"] = separate_critic
+    saved = value_head and source.value_settings.get("separate_critic") == "True"
+    settings["separate_critic"] = saved if separate_critic is None else separate_critic
     if settings["value_input"] not in ("h0", "hn", "concat", "state"):
         raise ValueError(f"value_input is {value_input!r}; use 'h0', 'hn', 'concat' or 'state'")
     if value_head and source.value_settings.get("value_input", settings["value_input"]) != settings["value_input"]:
@@ -338,6 +337,7 @@ def load_vla(
         raise ValueError(f"{source.value_file} reads value_input = {saved!r}, not {settings['value_input']!r}; {fix}")
     if settings["separate_critic"] and settings["value_input"] != "h0":
         raise ValueError(f"separate_critic reads h0 of the prompt, not value_input = {value_input!r}; drop one of them")
+    checkpoints.check_lora(source, lora_rank, lora_targets, merge_adapter)
     masters = trainable and not lora_rank and (source.adapter is None or merge_adapter)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -50,6 +50,18 @@ def test_a_crash_is_an_answer(monkeypatch, probe, why):
         doctor.check_renderer("cpu")
 
 
+def test_gpu_simulation_without_its_library(monkeypatch, tmp_path):
+    """Stops a download that nobody asked for, several ranks unpacking at once, and an error after the model is read."""
+    monkeypatch.setattr(doctor, "check_renderer", lambda backend: backend)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    doctor.check_simulator("cpu")
+    with pytest.raises(RuntimeError, match="sim_device = 'cuda' needs SAPIEN's PhysX library.*p.enable_gpu"):
+        doctor.check_simulator("cuda")
+    (tmp_path / ".sapien/physx/105.1").mkdir(parents=True)
+    (tmp_path / ".sapien/physx/105.1/libPhysXGpu_64.so").touch()
+    doctor.check_simulator("cuda")
+
+
 def test_a_hang_is_an_answer(monkeypatch):
     """Stops a driver that never returns from hanging the caller."""
 

@@ -504,8 +504,9 @@ def test_resume_is_exact_and_collects_nothing_twice(train, monkeypatch):
     rates = [row["charts/learning_rate"] for row in metrics_of(parts) if "charts/learning_rate" in row]
     assert rates == pytest.approx([1e-4, 7.5e-5, 5e-5, 2.5e-5])
     other = train("other", seed=2, **settings | dict(keep_pairs=1))
-    assert not torch.equal(weights_of(other)["projector.fc1.weight"], weights_of(parts)["projector.fc1.weight"])
     assert [path.name for path in (other / "pairs").iterdir()] == ["000004.npz"]
+    a, b = (set(pairs.load_pairs(run / "pairs/000004.npz")["episode_ids"]) for run in (parts, other))
+    assert not a & b, "seeds must not be repetitions"
 
 
 def test_pairs_of_an_abandoned_future_are_collected_anew(train):
@@ -525,8 +526,7 @@ def test_pairs_made_with_other_flags_are_collected_anew(train, monkeypatch):
         patch.setattr(dpo_vla, "update", lambda *a: 1 / 0)  # killed after the pairs of iteration 2 were written
         train("run", num_iterations=2, resume="runs/run")
     run_dir = train("run", num_iterations=2, resume="runs/run", temperature=0.9, reference="previous")
-    assert "0.9" in str(made := pairs.load_pairs(run_dir / "pairs/000002.npz")["made_with"])
-    assert {"main", "train", "primitive"} <= set(str(made).replace("'", "").strip("[]").split(", ")), "and the task"
+    assert "0.9" in str(pairs.load_pairs(run_dir / "pairs/000002.npz")["made_with"])
     assert metrics_of(run_dir)[-1]["losses/first_margin"] == 0
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,10 +96,58 @@ def test_losing_success_costs_one(env):
 
 
 def test_idle_arm_pays_nothing(env):
-    """Stops reward without a grasp, the reference's protection against free successes."""
+    """Stops reward without a grasp, the reference's protection against free successes, on the plate too."""
     env.reset(options={"episode_ids": [777]})
-    rewards = [env.step(np.array([[0, 0, 0, 0, 0, 0, 1.0]], np.float32))[1].item() for _ in range(5)]
-    assert rewards == [0.0] * 5
+    idle = np.array([[0, 0, 0, 0, 0, 0, 1.0]], np.float32)
+    assert [env.step(idle)[1].item() for _ in range(5)] == [0.0] * 5
+    pose = env._pose("object").clone()
+    pose[:, :2], pose[:, 2] = env._pose("plate")[:, :2], pose[:, 2] + 0.02
+    env._teleport_object(pose, keep_velocity=False)
+    rewards, infos = zip(*(env.step(idle)[1::3] for _ in range(8)), strict=True)
+    assert infos[-1]["success"].item() and not infos[-1]["grasped"].item() and sum(rewards).item() == 0
+
+
+class Judged:
+    """`evaluate` of the environment with planted poses and forces: half extents 5.5 cm of the plate, 1.7 of the object.
+
+    x, z: metres from plate to object; touch: newtons between them; grip: newtons and degrees of either finger's push.
+    """
+
+    def __init__(self):
+        env = self.env = object.__new__(PutOnReceptacleEnv)
+        env.num_envs, env.device, env.fidelity, env._grasp_count = 1, torch.device("cpu"), "fixed", np.zeros(1, int)
+        env._ever = {key: np.zeros(1, bool) for key in ("grasped", "held", "success")}
+        env.plate_half, env.object_half = np.array([[0.055, 0.055, 0.003]]), np.array([[0.017, 0.017, 0.017]])
+        link = lambda sign: SimpleNamespace(sign=sign, pose=SimpleNamespace(raw_pose=torch.eye(7)[3:4]))  # noqa: E731
+        env.agent = SimpleNamespace(finger1_link=link(1.0), finger2_link=link(-1.0))
+        env.scene = SimpleNamespace(get_pairwise_contact_forces=self.force)
+        env._for_selected = lambda which, function: function(which)
+        env._pose = lambda which: torch.tensor([[self.x, 0.0, self.z] if which == "object" else [0.0, 0.0, 0.0]])
+
+    def force(self, one, other):
+        if other == "plate":
+            return torch.tensor([[0.0, 0.0, self.touch]])
+        newtons, degrees = self.grip[0 if one.sign > 0 else -1], np.deg2rad(self.grip[1])
+        return torch.tensor([[newtons * np.sin(degrees), newtons * np.cos(degrees) * one.sign, 0.0]])
+
+    def __call__(self, x=0.0, z=0.02, touch=0.0, grip=(0.0, 0.0, 0.0)):
+        self.x, self.z, self.touch, self.grip = x, z, touch, grip
+        return {key: value.item() for key, value in self.env.evaluate().items()}
+
+
+def test_thresholds_of_success_and_grasp():
+    """Stops a looser measure, which every policy would enjoy: just inside and just outside of every limit."""
+    # The plate's half extent + 1 cm; 5 cm between the bodies; above the plate; in contact with more than .03 N.
+    placed = [(0.064, 0.02, 0.04), (0.066, 0.02, 0.04), (0, 0.069, 0.04), (0, 0.071, 0.04), (0, -0.001, 0.04)]
+    placed += [(0, 0.02, 0.031), (0, 0.02, 0.029)]
+    assert [Judged()(*case)["success"] for case in placed] == [True, False, True, False, False, True, False]
+    # Both fingers push with .5 N or more, within 85 degrees of their closing direction.
+    grips = [(1, 84, 1), (1, 86, 1), (0.49, 0, 1), (0.51, 0, 0.51), (1, 0, 0.49), (0, 0, 0)]
+    assert [Judged()(grip=grip)["grasped"] for grip in grips] == [True, False, False, True, False, False]
+    judged = Judged()
+    assert [judged(grip=(1, 0, 1))["held"] for _ in range(5)] == [False] * 4 + [True], "held: five steps in a row"
+    judged = Judged()
+    assert not any(judged(grip=(step != 3, 0, 1))["held"] for step in range(8)), "in a row"
 
 
 def test_target_pose_accumulates(env):
@@ -178,6 +227,32 @@ def test_only_bodies_in_play_are_simulated(env):
         env.reset(options={"episode_ids": [episode_id]})
         names = [entity.name for entity in env.scene.sub_scenes[0].entities]
         assert sum("object" in name for name in names) == 1 and sum("plate" in name for name in names) == 1
+
+
+def test_gripper_opens_above_one_half():
+    """Stops a policy's "closed" from opening the hand: published statistics have the gripper in [0, 1], 0 = closed."""
+    actions = np.array([[0.0] * 6 + [value] for value in (1.0, 0.51, 0.5, 0.1, 0.0, -1.0)], np.float32)
+    assert decode_gripper(actions)[:, 6].tolist() == [1, 1, -1, -1, -1, -1]
+
+
+def test_vision_tasks_show_what_they_say(env):
+    """Stops rows that measure robustness on pictures of the training setting: table photo, textures, noise."""
+    table = env.pack.background
+    try:
+        for task, share in (("vision_image", None), ("vision_texture05", (0.01, 0.5)), ("vision_whole05", (0.9, 1.0))):
+            env.set_task(task, "test")
+            obs, _ = env.reset(options={"episode_ids": [12345]})
+            picture, number = image(obs), int(env.episodes.table[0])
+            if task == "vision_image":
+                assert number >= 16 and (picture == table(number, 160, 120)).all(-1).mean() > 0.5, "not an unseen table"
+                assert (picture == table(number % 16, 160, 120)).all(-1).mean() < 0.5, "the check sees nothing"
+            else:
+                env.mix *= 0
+                plain = image(env._get_obs_with_sensor_data({}))
+                low, high = share
+                assert low < (picture != plain).any(-1).mean() <= high, task
+    finally:
+        env.set_task("main", "train")
 
 
 def test_distractors_templates_and_arm_offsets(env):

@@ -15,7 +15,7 @@ from common.evaluate import evaluation_ids, training_ids
 from common.runs import save_checkpoint
 from common.tasks import REPORT_ROWS, decode
 from common.vec_env import make_envs
-from common.vla import load_vla, save_vla
+from common.vla import VLA, load_vla, save_vla
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,6 +94,7 @@ def test_settings_flag_then_checkpoint_then_default():
     with pytest.raises(ValueError, match=r"different image_size: \[\[320, 240\], \[640, 480\]\]; set it by its flag"):
         eval_ood.environment(eval_ood.Args(), [small, large])
     assert eval_ood.environment(eval_ood.Args(image_size=(64, 48)), [small, large])["image_size"] == [64, 48]
+    assert eval_ood.environment(eval_ood.Args(), [{"dtype": "bfloat16"}])["dtype"] == "bfloat16"
 
 
 def test_find_model(tmp_path):
@@ -269,15 +270,17 @@ def test_same_results_twice_for_any_num_envs_and_after_a_kill(evaluate, tmp_path
     assert not list(tmp_path.rglob(".*"))  # no temporary file is left
 
 
-def test_two_checkpoints_of_training_runs(evaluate, tmp_path):
-    """Stops a checkpoint that does not evaluate by itself: its training's settings, paired episodes."""
+def test_two_checkpoints_of_training_runs(evaluate, tmp_path, monkeypatch):
+    """Stops a checkpoint that does not evaluate by itself: its training's settings, paired episodes, temperature."""
+    temperatures, act = set(), VLA.act
+    monkeypatch.setattr(VLA, "act", lambda self, *inputs: (temperatures.add(inputs[2]), act(self, *inputs))[1])
     for number, name in enumerate(("a", "b")):
         model = load_vla("tiny", seed=number)
         state = {"args": {"max_episode_steps": 5, "unnorm_key": sorted(model.norm_stats)[0]}}
         save_checkpoint(tmp_path / name, "best", 3, lambda path, model=model: save_vla(model, path), state)
     runs = (str(tmp_path / "a"), str(tmp_path / "b"))
     results = evaluate("two", checkpoint=runs, max_episode_steps=None, tasks="id", num_envs=3)
-    assert results["config"]["max_episode_steps"] == 5
+    assert results["config"]["max_episode_steps"] == 5 and temperatures == {results["config"]["temperature"]} == {0.6}
     a, b = (policy["rows"]["in_distribution"] for policy in results["policies"].values())
     assert a["episode_ids"] == b["episode_ids"] and a["arguments"]["weights"] != b["arguments"]["weights"]
     assert [t["name"] for t in results["comparisons"][0]["tests"]] == ["in_distribution"]

@@ -381,7 +381,7 @@ def test_start_policy_is_the_start(tmp_path):
     save_vla(adapted, tmp_path / "adapted")
     for name, rank, copied in (("tiny", 2, False), ("tiny", 0, True), (tmp_path / "adapted", 2, True)):
         model = load_vla(name, lora_rank=rank, value_head=False)
-        expected, reference = logprobs_of(model), runs.start_policy(model, name)
+        expected, reference = logprobs_of(model), grpo_vla.start_policy(model, name)
         change(model)
         with reference() as start:
             assert (start is not model) == copied
@@ -467,6 +467,8 @@ def test_a_group_shares_its_initial_states(train):
         assert texts[0] == texts[1] and texts[2] == texts[3] and not np.array_equal(images[0], images[2])
     assert not np.array_equal(train.envs.first_images[0][0], train.envs.first_images[1][0])
     assert len(np.unique(train.envs.actions[0], axis=0)) == 4
+    train("again", num_iterations=2)
+    assert not np.array_equal(train.envs.first_images[0][0], train.envs.first_images[2][0]), "in the next iteration"
     train("other", num_iterations=1, same_state=False)
     for images in train.envs.first_images:
         assert len(np.unique(images, axis=0)) == 4
@@ -474,7 +476,7 @@ def test_a_group_shares_its_initial_states(train):
 
 def test_smoke_with_all_files(train, capsys):
     """Stops a run that ends with unmoved weights, a value head, missing metrics, or with nothing to load."""
-    run_dir = train("smoke", num_iterations=2, eval_every=2)
+    run_dir = train("smoke", num_iterations=2, eval_every=2, anneal_lr=True)
     out = capsys.readouterr().out
     assert "iter 002/2 | success" in out and "| groups dropped 0.00 |" in out and "value" not in out.splitlines()[0]
     rows = metrics_of(run_dir)
@@ -484,6 +486,7 @@ def test_smoke_with_all_files(train, capsys):
     expected |= {f"train/{key}" for key in grpo_vla.EPISODE_METRICS}
     assert expected <= rows[1].keys() and all(math.isfinite(rows[1][key]) for key in expected)
     assert rows[1]["losses/first_ratio_gap"] < 1e-4 and rows[1]["losses/num_updates"] == 4
+    assert [row["charts/learning_rate"] for row in rows[1:]] == pytest.approx([1e-4, 5e-5])
     assert rows[1]["losses/ref_kl"] == 0 and rows[1]["losses/frac_groups_dropped"] == 0
     checkpoint = runs.find_checkpoint(run_dir)
     assert not (checkpoint / "value_head.safetensors").exists() and (run_dir / "curve.png").exists()

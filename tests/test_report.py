@@ -189,17 +189,3 @@ def test_a_row_without_published_numbers(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(some))
     report.make(tmp_path)
     assert "| Execution | mine |" in (tmp_path / "report.md").read_text()
-
-
-def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
-    """Stops a half-written result after a kill or a full disk."""
-    path = tmp_path / "results.json"
-    report.write_atomic(path, lambda temporary: temporary.write_text("old"))
-
-    def fails(temporary):
-        temporary.write_text("ne")
-        raise OSError("no space left on device")
-
-    with pytest.raises(OSError):
-        report.write_atomic(path, fails)
-    assert path.read_text() == "old"

@@ -303,6 +303,34 @@ def test_every_episode_runs_once_whatever_the_batch():
     }  # fmt: skip
 
 
+def test_ranks_share_an_evaluation(monkeypatch):
+    """Stops ranks from running the same episodes, from drawing other numbers than one rank, and a rate of a part."""
+
+    class Model:
+        def act(self, images, instructions, temperature, generators):
+            return torch.stack([torch.rand(7, generator=g) for g in generators]), None, None
+
+        def actions_from_tokens(self, tokens, unnorm_key):
+            return tokens.numpy()
+
+    def evaluation(rank, world_size):
+        """-> metrics, this rank's episodes; `others`: what the other rank hands in."""
+        handed_in = []
+        monkeypatch.setattr(evaluate, "rank_and_world_size", lambda: (rank, world_size))
+        monkeypatch.setattr(evaluate, "gather_over_ranks", lambda part: handed_in.append(part) or [part, *others])
+        metrics = evaluate.evaluate(Model(), CountingEnvs(), "main", "train", 5, 1.0, "", only=(4, 1, 2, 3, 6))
+        return metrics, handed_in[0]
+
+    others = []
+    whole, one = evaluation(0, 1)
+    others = [evaluation(1, 2)[1]]
+    shared, first = evaluation(0, 2)
+    for key in ("success_at_end", "return"):
+        assert np.array_equal(first[key], one[key][0::2]) and np.array_equal(others[0][key], one[key][1::2]), key
+    assert whole["eval/main/success_at_end"] == shared["eval/main/success_at_end"] == 0.6
+    assert (whole["eval/main/low"], shared["eval/main/low"]) == (evaluate.wilson(3, 5)[0],) * 2
+
+
 def test_repeated_episodes_draw_differently():
     """Stops 192 episodes of a small task from being the same few trajectories counted several times."""
     seeds = list(evaluate._episode_seeds(np.array([5, 7, 5]), 0))
@@ -324,3 +352,17 @@ def test_video_is_written_whole(tmp_path):
     assert len(video) == 3 and video[0].shape == (480, 640, 3)
     assert video[2][300:, :].mean() > 100 and video[0][:28].max() > 150, "no picture or no instruction"
     assert [path.name for path in (tmp_path / "videos").iterdir()] == ["a.mp4"]
+
+
+def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
+    """Stops a half-written result after a kill or a full disk."""
+    path = tmp_path / "results.json"
+    runs.write_atomic(path, lambda temporary: temporary.write_text("old"))
+
+    def fails(temporary):
+        temporary.write_text("ne")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError):
+        runs.write_atomic(path, fails)
+    assert path.read_text() == "old"

@@ -107,6 +107,38 @@ def test_accumulation_gives_the_same_update():
     assert loss == pytest.approx(np.log(256), abs=1.5), "random weights are near uniform over 256 bins"
 
 
+def test_gradients_are_summed_over_ranks(monkeypatch):
+    """Stops ranks from drifting apart, each with the gradient of its own part: the parts add up to one rank's."""
+    args, gradients = small(augment=True, max_grad_norm=1e9), []
+    monkeypatch.setattr(
+        sft_vla.runs, "sum_gradients", lambda params: gradients.append(torch.cat([p.grad.flatten() for p in params]))
+    )
+    model = load_vla("tiny", value_head=False)
+    data, train, _, _ = load_data(args, model)
+    optimizer = torch.optim.SGD(model.trainable_parameters()["policy"], lr=0.0)
+    for rank in ((0, 1), (0, 2), (1, 2)):
+        monkeypatch.setattr(sft_vla.runs, "rank_and_world_size", lambda rank=rank: rank)
+        update(model, optimizer, data, train, 0, args, ".")
+    one, first, second = gradients
+    torch.testing.assert_close(first + second, one, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(first, second, rtol=0.1), "the check sees nothing"
+
+
+def test_statistics_that_the_presets_name():
+    """Stops the 7B warm-up from replacing bridge_orig's statistics, and the baseline from symmetric ranges."""
+    model = load_vla("tiny", value_head=False)
+    model.norm_stats["bridge_orig"] = model.norm_stats.pop(next(iter(model.norm_stats)))
+    before = json.dumps(model.norm_stats)
+    assert load_data(small(statistics="model", unnorm_key="bridge_orig"), model)[3] == "bridge_orig"
+    assert json.dumps(model.norm_stats) == before
+    for statistics, symmetric in (("quantiles", False), ("symmetric", True)):
+        load_data(small(statistics=statistics), model)
+        ranges = model.norm_stats["cleanvla"]["action"]
+        assert np.allclose(ranges["q01"][:6], -np.array(ranges["q99"][:6])) == symmetric
+    with pytest.raises(ValueError, match="unnorm_key = 'brige_orig' is none of the model's"):
+        load_data(small(statistics="model", unnorm_key="brige_orig"), model)
+
+
 @pytest.mark.slow
 def test_overfits_ten_demonstrations():
     """Stops a model, tokens or loss that cannot even memorise; with shuffled images it must not reach the same."""
@@ -131,6 +163,8 @@ def test_run_writes_metrics_and_a_loadable_checkpoint(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "run"
     first, last = metrics_of(run)
     assert METRICS <= set(first) and all(value is not None for value in last.values())
+    rates = [row["charts/learning_rate"] for row in (first, last)]  # of the second of two steps, no warm-up
+    assert rates == pytest.approx([1e-3 * (0.5 + 0.5 * np.cos(np.pi * number / 4)) for number in (1, 3)])
     assert last["step"] == 4 and last["eval/main/episodes"] == 2 and (run / "curve.png").exists()
     assert len(list(run.glob("videos/*.mp4"))) == 1 and (run / "best-000002").is_dir()
     trained, start = load_vla(run / "checkpoint-000002"), load_vla("tiny", seed=1)

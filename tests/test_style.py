@@ -16,9 +16,9 @@ import pytest
 import tyro
 
 ROOT = Path(__file__).parent.parent
-BUDGETS = {"ppo_vla.py": 469, "grpo_vla.py": 426, "dpo_vla.py": 422, "sft_vla.py": 352, "eval_ood.py": 279}
+BUDGETS = {"ppo_vla.py": 477, "grpo_vla.py": 445, "dpo_vla.py": 424, "sft_vla.py": 360, "eval_ood.py": 283}
 BUDGETS |= {"README.md": 150, "common/env.py": 376, "common/vla.py": 355, "common/demos.py": 345}
-COMMON_FILE_BUDGET, COMMON_BUDGET = 330, 3754
+COMMON_FILE_BUDGET, COMMON_BUDGET = 330, 3772
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py"))]
 TRAINING = [name for name in SCRIPTS if name.endswith("_vla")]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -129,10 +129,12 @@ def test_siblings_differ_in_the_algorithm_only():
     free = {"docstring", "args", "advantages", "loss", "        rollout", "        advantages", "        metrics"}
     names = ("ppo_vla", "grpo_vla")
     ppo, grpo = ((ROOT / f"{name}.py").read_text() for name in names)
-    many = {name: changed for name, changed in check_siblings(ppo, grpo, names, free).items() if len(changed) > 12}
+    differ = check_siblings(ppo, grpo, names, free)
+    many = {name: changed for name, changed in differ.items() if len(changed) > 12}
     assert not many, "more than 12 differing lines outside docstring, args, advantages, loss, rollout and metrics"
+    equal = {"    environments, logger, checkpoints, evaluation", "        evaluation, log, checkpoint", "    summary"}
+    assert not differ.keys() & equal and equal <= sections(ppo).keys()
     planted = grpo.replace("    envs.close()\n", "    envs.close()  # planted\n", 1)
-    assert "    summary" not in check_siblings(ppo, grpo, names, free)
     assert "    summary" in check_siblings(ppo, planted, names, free), "the check sees nothing"
 
 
@@ -212,8 +214,7 @@ def test_every_logged_key_is_documented():
     for module in map(importlib.import_module, TRAINING):
         keys |= {f"losses/{name}" for name in getattr(module, "STATS", ())}
         keys |= {f"train/{name}" for name in getattr(module, "EPISODE_METRICS", ())}
-    returned = (ROOT / "sft_vla.py").read_text().split("def validate")[1].split("def ")[0]
-    keys |= {f"{part}/{name}" for name in re.findall(r'"(\w+)": ', returned) for part in ("train", "val")}
+    keys |= {f"{part}/{name}" for name in importlib.import_module("sft_vla").VALIDATION for part in ("train", "val")}
     assert {"charts/SPS", "losses/policy_loss", "train/return", "val/l1_xyz_mm"} <= keys, (
         "the search for keys is broken"
     )

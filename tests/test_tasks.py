@@ -320,6 +320,13 @@ def test_report_rows():
     assert len(rows) == len({row[0] for row in rows}) == len({row[2:4] for row in rows}) == 16
     assert {row[2] for row in rows if row[3] == "train"} == {"carrot", "multi_carrot", "multi_plate"}
     assert all(row[2] in TASKS for row in rows)
+    settings = """carrot train, vision_image test, vision_texture03 test, vision_texture05 test, vision_whole03 test,
+        vision_whole05 test, carrot test, plate test, instruct test, multi_carrot train, multi_carrot test,
+        multi_plate train, multi_plate test, position test, ee_pose test, position_change test"""
+    assert [f"{row[2]} {row[3]}" for row in rows] == [" ".join(words.split()) for words in settings.split(",")]
+    figures = """.781 .938 .719 .844 .719 .833 .557 .630 .708 .854 .505 .667 .453 .714 .615 .750 .672 .891 .615 .750
+        .297 .578 .672 .812 .458 .599 .568 .807 .339 .797 .286 .745"""
+    assert [figure for row in rows for figure in row[4:]] == [float(figure) for figure in figures.split()]
     means = {"id": (78.1, 93.8), "vision": (64.2, 76.6), "semantics": (54.0, 72.8), "execution": (39.8, 78.3)}
     for dimension, want in means.items():
         figures = np.array([row[4:] for row in rows if row[1] == dimension])

@@ -510,6 +510,7 @@ def test_reference_leaves_frozen_eyes_frozen():
 def test_reference_switches_adapters_off():
     """A KL to the wrong policy: inside reference() the base must answer, outside the adapter."""
     model, base = load_vla("tiny", lora_rank=4), load_vla("tiny")
+    assert load_vla("tiny", lora_rank=32).backbone.peft_config["default"].lora_alpha == 16, "the paper's scale, 0.5"
     tokens = model.act(images(2), INSTRUCTIONS[:2])[0]
     with torch.no_grad():
         for name, p in model.named_parameters():

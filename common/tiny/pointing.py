@@ -33,7 +33,7 @@ from tqdm import tqdm
 from common.demos import action_statistics, encode_image, write_episode
 from common.env import CAMERA, check_env_args
 from common.evaluate import training_ids
-from common.expert import quat_to_matrix
+from common.robot import quat_to_matrix
 
 LOW, HIGH = (-0.33, -0.18, 0.885), (-0.05, 0.22, 1.05)  # metres, world: where the TCP can be in view
 FINGERS_M = (0.015, 0.026, 0.037)  # closed, around an object at most, open
