@@ -294,6 +294,24 @@ def test_presets_parse_and_are_the_papers(monkeypatch, capsys):
         runs.parse_args(Args, ppo_vla.PRESETS)
 
 
+def test_resume_keeps_what_the_run_is_made_of(tmp_path):
+    """Stops half a run in another scene, and a best checkpoint among evaluations that measure different things."""
+    (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(Args())))
+    kept = "--seed 2,--num-envs 32,--num-steps 80,--task single,--split test,--assets bridge,--max-episode-steps 80"
+    kept += ",--image-size 320 240,--sim-freq 500,--solver-iterations 15,--fidelity published,--shader-pack default"
+    kept += (
+        ",--sim-device cuda,--model tiny,--adapter a,--unnorm-key a,--lora-rank 2,--lora-targets llm,--episode-ids 1"
+    )
+    kept += ",--value-input h0,--separate-critic,--no-freeze-vision,--eval-episodes 9,--eval-temperature 1"
+    for flag in kept.split(","):
+        with pytest.raises(
+            ValueError, match=f"{flag.split()[0][2:].replace('no-', '').replace('-', '_')} = .*is fixed"
+        ):
+            runs.parse_args(Args, ppo_vla.PRESETS, ["--resume", str(tmp_path), *flag.split()])
+    free = ["--num-iterations", "9", "--learning-rate", "1e-5", "--reset-after-success", "0", "--device", "cpu"]
+    assert runs.parse_args(Args, ppo_vla.PRESETS, ["--resume", str(tmp_path), *free]).num_iterations == 9
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
