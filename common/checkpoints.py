@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def locate(name: str, adapter: str | Path | None = None) -> Source:
         source.adapter = Path(adapter)
         base = read_json(source.adapter / ADAPTER_CONFIG).get("base_model_name_or_path") or name
         if Path(base).name not in (Path(name).name, "base"):
-            print(f"{adapter} was trained on {base}, not on {name}: right only if the weights are the same")
+            warnings.warn(f"{adapter} was trained on {base}, not on {name}: right only for equal weights", stacklevel=2)
         keys_of(source.adapter / ADAPTER)
         if (source.adapter / "dataset_statistics.json").is_file():
             source.config["norm_stats"] = read_json(source.adapter / "dataset_statistics.json")
