@@ -332,8 +332,9 @@ def main(args: Args):
 
     # --- environments, logger, checkpoints, evaluation ---
     envs = make_envs(
-        args.task, args.split, args.num_envs // world_size, args.assets, args.image_size, args.sim_freq,
-        args.solver_iterations, args.max_episode_steps, args.fidelity, args.shader_pack, device=args.sim_device,
+        args.task, args.split, args.num_envs // world_size, assets=args.assets, image_size=args.image_size,
+        sim_freq=args.sim_freq, solver_iterations=args.solver_iterations, max_episode_steps=args.max_episode_steps,
+        fidelity=args.fidelity, shader_pack=args.shader_pack, device=args.sim_device,
         num_workers=args.num_workers or max(1, len(os.sched_getaffinity(0)) // runs.ranks_here()),
     )  # fmt: skip
     batch_size = args.num_envs * args.num_steps  # of all ranks

@@ -47,7 +47,7 @@ def main(args: Args):
         instruction(t, pack.objects[o].name, pack.plates[p].name)
         for t, o, p in zip(e.template, e.third_index, e.plate, strict=True)
     ]
-    envs = make_envs(args.task, args.split, args.num_envs, args.assets)
+    envs = make_envs(args.task, args.split, args.num_envs, assets=args.assets)
     results = {"arguments": vars(args)}
     for name in ("right object named", "other object named"):
         policy = sampling_policy(model, key, args.temperature, ids)

@@ -148,8 +148,9 @@ def _record_parts(args, settings, counts, seen, parts):
     """Run batches of episodes until `seen` holds enough ids; one file per batch. Returns the files' paths."""
     task, rows, paths, old, start = (args.task, args.split), np.arange(args.num_envs), [], len(seen), time.time()
     envs = make_envs(
-        *task, args.num_envs, args.assets, args.image_size, args.sim_freq, args.solver_iterations,
-        args.max_episode_steps, args.fidelity, args.shader_pack, num_workers=args.num_workers,
+        *task, args.num_envs, assets=args.assets, image_size=args.image_size, sim_freq=args.sim_freq,
+        solver_iterations=args.solver_iterations, max_episode_steps=args.max_episode_steps, fidelity=args.fidelity,
+        shader_pack=args.shader_pack, num_workers=args.num_workers,
     )  # fmt: skip
     expert = Expert(args.num_envs)
     noise = args.action_noise, args.noise_probability, args.blunder_probability

@@ -33,6 +33,7 @@ def make_envs(
     task="main",
     split="train",
     num_envs=64,
+    *,
     assets="primitive",
     image_size=(160, 120),
     sim_freq=250,
