@@ -114,7 +114,7 @@ CHECKS = [  # name, check: returns what it found, or raises with the fix; does t
     ("simulator", _simulator, True),
     ("primitive assets", lambda: _pack("primitive"), True),
     ("bridge assets", lambda: _pack("bridge"), False),
-    ("tiny weights", lambda: _weights("checkpoints/tiny-warmup", "the tiny model starts from random weights"), False),
+    ("tiny weights", lambda: _weights("checkpoints/tiny-warmup", "run this in the repository's root"), True),
     ("OpenVLA weights", lambda: _weights("openvla/openvla-7b", "`hf download` it (15 GB) for the 7B recipe"), False),
     ("OpenVLA warm-up", lambda: _weights("gen-robot/openvla-7b-rlvla-warmup", "`hf download` it (15 GB)"), False),
     ("room", _room, False),
