@@ -205,7 +205,7 @@ def validate(model, data, rows, unnorm_key, micro_batch_size, max_rows):
     """Means of at most `max_rows` evenly spread rows, shared out over ranks; tokens are greedy, as in an episode."""
     rows = rows[torch.linspace(0, len(rows) - 1, min(max_rows, len(rows))).long()]
     rank, world_size = runs.rank_and_world_size()
-    sums = torch.zeros(5, device=model.device)
+    sums = torch.zeros(len(VALIDATION), device=model.device)
     for part in rows[rank::world_size].split(max(64, micro_batch_size)):  # no gradients: more fit
         images = data["images"][part]
         tokens = model.act(images, [data["instructions"][row] for row in part], temperature=0)[0].cpu()
