@@ -88,11 +88,13 @@ def find_model(checkpoint: str) -> tuple[str, dict]:
     if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
         path = max(path.glob("best-[0-9]*"), default=max(path.glob("checkpoint-[0-9]*"), default=Path()))
     if checkpoint != "tiny" and not (path.is_dir() and path.name):
-        raise FileNotFoundError(f"--checkpoint {checkpoint}: not tiny, a model, or a run with best-N or checkpoint-N")
+        fix = "of the hub: hf download ID --local-dir DIR"
+        raise FileNotFoundError(f"--checkpoint {checkpoint}: not tiny, a model, or a run with best-N; {fix}")
     state = path / "training_state.pt"  # has them too, for a checkpoint that was copied out of its run
     for settings in (file for file in (path / "args.json", path.parent / "args.json") if file.is_file()):
         return str(path), json.loads(settings.read_text())
-    return str(path), json.loads(json.dumps(torch.load(state, "cpu", mmap=True)["args"])) if state.is_file() else {}
+    saved = torch.load(state, "cpu", mmap=True) if state.is_file() else {}
+    return str(path), json.loads(json.dumps(saved.get("args", {})))  # other code's states have none
 
 
 def environment(args: Args, trained: list[dict]) -> dict:
@@ -213,7 +215,12 @@ def main(args: Args) -> None:
     print("\n".join(f"{key:18} {value}" for key, value in (config | about).items()))
     arguments, keys = {name: dict(config) for name in names}, {}  # all that changes results
     for name, (path, trained) in found.items():
-        norm_stats = locate(path).config["norm_stats"]
+        model_config = locate(path).config
+        norm_stats = model_config["norm_stats"]
+        if not trained and "stem" not in model_config and args.assets is None:  # the small preset would give 0
+            fix = "add --assets bridge --image-size 640 480 --sim-freq 500 --solver-iterations 15 --shader-pack default"
+            fix += " --max-episode-steps 80 --fidelity published --sim-device cuda --dtype bfloat16, or what it had"
+            raise ValueError(f"{path} is an OpenVLA without the args.json of its training, so its scene is open; {fix}")
         key = args.unnorm_key or "".join({trained.get("unnorm_key", "")} & set(norm_stats))
         keys[name] = choose_key(norm_stats, key, config["assets"])
     for name, (path, _) in found.items():  # reads all weights: minutes for 7B

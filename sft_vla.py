@@ -79,7 +79,7 @@ class Args:
     demos: tuple[str, ...] = ("demos/main",)  # directories of common/demos.py, mixed by their sizes
     num_demos: int = 0  # the first so many of each directory; 0 = all
     val_demos: int = 20  # episodes kept for validation, the last ones of each directory; [P] 16
-    drop_idle: Literal["none", "still", "published"] = "still"  # steps left out [M]; [P] none, published
+    drop_idle: Literal["none", "still", "published"] = "still"  # steps left out [M]; [P] published
     statistics: Literal["symmetric", "quantiles", "model"] = "symmetric"  # of the data, or those of the model kept
     num_iterations: int = 10  # of num_updates optimizer steps each
     num_updates: int = 100  # per iteration: one line of metrics
@@ -97,7 +97,7 @@ PAPER = dict(
     assets="bridge", max_episode_steps=80, image_size=(640, 480), sim_freq=500, solver_iterations=15,
     fidelity="published", shader_pack="default", sim_device="cuda", model="openvla/openvla-7b", dtype="bfloat16",
     lora_rank=32, statistics="quantiles", batch_size=32, micro_batch_size=8, learning_rate=5e-4,
-    lr_schedule="constant", warmup_updates=0, max_grad_norm=float("inf"), val_demos=16, drop_idle="none",
+    lr_schedule="constant", warmup_updates=0, max_grad_norm=float("inf"), val_demos=16, drop_idle="published",
 )  # fmt: skip
 PRESETS = {
     "default": Args(),
@@ -106,8 +106,7 @@ PRESETS = {
         augment=True,
     ),
     "baseline": Args(  # checkpoints hold the merged weights too, 15 GB
-        preset="baseline", **PAPER | {"drop_idle": "published"}, num_iterations=600, eval_every=50, checkpoint_every=50,
-        merge_adapter=True,
+        preset="baseline", **PAPER, num_iterations=600, eval_every=50, checkpoint_every=50, merge_adapter=True,
     ),
 }  # fmt: skip
 

@@ -138,6 +138,7 @@ def check_hub_id(name: str) -> None:
     here = Path(name).parent.is_dir() or name.split("/")[0] in ("runs", "checkpoints", "results")
     if here or not re.fullmatch(r"[\w-]+/[\w.-]+", name):
         fix = "checkpoints/ is in the repository's root; random weights: tiny"
+        fix += f"; a hub id only where there is no folder {Path(name).parent}/" if here else ""
         raise FileNotFoundError(
             f"model {name!r} is neither a directory in {Path.cwd()} nor like the hub id openvla/openvla-7b; {fix}"
         )

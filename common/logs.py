@@ -160,7 +160,8 @@ def plan(settings, default, model_name):
     gigabytes = {
         "weights": (total - trained) * width + 4 * trained,
         "gradients and Adam": 12 * trained,
-        "activations": saved * min(s.micro_batch_size, samples // s.num_minibatches) * width,
+        "activations, in the update": saved * min(s.micro_batch_size, samples // s.num_minibatches) * width,
+        "cache, in the rollout": 2 * s.num_envs * text.num_hidden_layers * text.hidden_size * (patches + 47) * width,
         "rollout images (host)": samples * image_bytes,
     }
     minibatch, steps = samples // s.num_minibatches, s.num_iterations * samples

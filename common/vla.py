@@ -34,6 +34,7 @@ from common.vision import MLP, ConvStem, TwinTowers
 __all__ = ["VLA", "Backbone", "load_vla", "save_vla"]
 
 PROMPT = "In: What action should the robot take to {}?\nOut: "  # the final space is a token of its own
+EMPTY = 29871  # which Llama's tokenizer makes of it
 ACTION_DIM = 7
 
 
@@ -321,8 +322,8 @@ def load_vla(
 
     name_or_path: "tiny" (random weights from `seed`), a directory or hub id in the layout of openvla/openvla-7b, or a
     PEFT adapter directory. adapter: one to put on top, to train on, or with merge_adapter to add to the base weights.
-    dtype: what matmuls run in and frozen weights are kept in; trained weights are float32. lora_rank 0 without an
-    adapter: full fine-tuning. trainable=False: all frozen, in dtype; freeze_vision: vision and projector are.
+    dtype: what matmuls run in and a frozen base is kept in; adapters and trained weights are float32. lora_rank 0
+    without an adapter: full fine-tuning. trainable=False: all frozen; freeze_vision: vision and projector are.
     value_input, separate_critic: None = as saved, else "h0", False. Every file is checked before anything slow; errors
     name the file, the key and the rule.
     """
@@ -346,9 +347,12 @@ def load_vla(
         checkpoints.fill_backbone(backbone, source, device, torch.float32 if masters else dtype)
         checkpoints.apply_lora(backbone, source, lora_rank, lora_targets, merge_adapter)
         tokenizer = Tokenizer.from_file(str(source.tokenizer))
+        tokenizer.no_padding(), tokenizer.no_truncation()  # a file may bring either
         model = VLA(backbone, tokenizer, source.config, dtype, value_head=value_head, **settings).to(device)
     for part in (model.backbone, model.critic or model.backbone) if freeze_vision else ():
         part.vision_backbone.requires_grad_(False), part.projector.requires_grad_(False)
+    if "stem" not in source.config and model.prompt_ids("x")[-1] != EMPTY:
+        raise ValueError(f"{source.tokenizer}: a prompt must end in token {EMPTY}, as OpenVLA's does; copy its file")
     model.source = source
     if source.value_file and value_head:
         checkpoints.fill_value(model)

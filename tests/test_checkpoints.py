@@ -296,6 +296,12 @@ def no_tokenizer(folder):
     return FileNotFoundError, r"tokenizer\.json is missing"
 
 
+def other_tokenizer(folder):
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace("29871", "29870"))
+    return ValueError, r"tokenizer\.json: a prompt must end in token 29871"
+
+
 def other_value_head(folder):
     save_file({"value_head.head_l1.weight": torch.zeros(2, 2)}, folder / "value_head.safetensors")
     return ValueError, r"value_head\.safetensors: 4 keys missing"
@@ -303,7 +309,8 @@ def other_value_head(folder):
 
 DAMAGE = [
     truncated_shard, missing_shard, missing_index_entry, missing_key, unknown_key, wrong_shape, pickle_only,
-    not_safetensors, no_norm_stats, no_config, broken_config, no_tokenizer, other_value_head,
+    not_safetensors, no_norm_stats, no_config, broken_config, no_tokenizer, other_tokenizer,
+    other_value_head,
 ]  # fmt: skip
 
 

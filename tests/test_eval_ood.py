@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_layout import write_reference_checkpoint
 
 import eval_ood
 from common.assets import load_pack
@@ -108,7 +109,10 @@ def test_find_model(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "args.json").write_text('{"sim_freq": 250}')
     assert eval_ood.find_model(str(tmp_path)) == (str(tmp_path), {"sim_freq": 250})
-    for wrong in (tmp_path / "videos", tmp_path / "none", "tinny"):
+    (tmp_path / "args.json").unlink()
+    torch.save({"vh": {}}, tmp_path / "training_state.pt")  # of the study's code
+    assert eval_ood.find_model(str(tmp_path)) == (str(tmp_path), {})
+    for wrong in (tmp_path / "videos", tmp_path / "none", "tinny", "openvla/openvla-7b"):
         with pytest.raises(FileNotFoundError, match=f"{wrong}: not tiny, a model, or a run"):
             eval_ood.find_model(str(wrong))
 
@@ -141,6 +145,15 @@ def test_wrong_arguments_are_refused_at_once(wrong, message, tmp_path, monkeypat
     with pytest.raises(ValueError, match=message):
         eval_ood.main(eval_ood.Args(output=str(tmp_path / "out"), **wrong))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_foreign_openvla_must_have_its_scene_named(tmp_path, monkeypatch):
+    """Stops a downloaded 7B model from being reported with 0, because it was shown the embedded scene at 160x120."""
+    monkeypatch.setattr(eval_ood, "make_envs", lambda *a, **k: pytest.fail("the simulator was started"))
+    model = write_reference_checkpoint(tmp_path / "model")
+    args = eval_ood.Args(checkpoint=(str(model),), output=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="without the args.json of its training.*--assets bridge --image-size 640 480"):
+        eval_ood.main(args)
 
 
 # --- the model's rows ---

@@ -248,5 +248,5 @@ def test_presets_are_the_paper_s():
         assert preset["lr_schedule"] == "constant"
     assert (PRESETS["warmup"].statistics, PRESETS["warmup"].unnorm_key) == ("model", "bridge_orig")
     assert PRESETS["baseline"].statistics == "quantiles"
-    assert PRESETS["warmup"].augment and PRESETS["warmup"].drop_idle == "none"
+    assert PRESETS["warmup"].augment and PRESETS["warmup"].drop_idle == "published"
     assert PRESETS["baseline"].drop_idle == "published" and not PRESETS["baseline"].augment
