@@ -6,6 +6,7 @@ computes the same targets in numpy (0.26 ms instead of 1.8 ms per control step, 
 
 import numpy as np
 import sapien
+import torch
 from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import WidowX250SBridgeDatasetFlatTable
 
 INITIAL_QPOS = (-0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398, 0.037, 0.037)  # rad, m
@@ -15,7 +16,7 @@ class WidowX(WidowX250SBridgeDatasetFlatTable):
     """ManiSkill's WidowX with the camera at any size and, on CPU, a controller without tiny-tensor overhead.
 
     `set_action` computes exactly what ManiSkill's controllers compute, in numpy. On GPU these are its own, where
-    inverse kinematics is one step of a solver, where the benchmark's own repeats it; `converge` adds a second one.
+    inverse kinematics is one step of a solver that cannot fail, where the benchmark's own repeats it; see `converge`.
     """
 
     uid = "widowx250s_cleanvla"
@@ -64,11 +65,17 @@ class WidowX(WidowX250SBridgeDatasetFlatTable):
             joint.set_drive_target(float(value))
 
     def converge(self):
-        """The second step of ManiSkill's GPU solver: after one, targets 4 cm away are missed by over 5e-3 rad."""
-        arm, qpos = self.controller.controllers["arm"], self.robot.get_qpos().clone()
-        qpos[:, :6] = arm._target_qpos
+        """The second step of ManiSkill's GPU solver: after one, targets 4 cm away are missed by over 5e-3 rad.
+
+        It never fails: beyond reach its joints jump by radians. There the arm stays where it is, as on CPU.
+        """
+        arm, qpos = self.controller.controllers["arm"], self.robot.get_qpos()
+        first = torch.cat([arm._target_qpos, qpos[:, 6:]], dim=1)
         settings = {"solver_config": arm.config.delta_solver_config}
-        arm._target_qpos = arm.kinematics.compute_ik(arm._target_pose, qpos, **settings)
+        target = arm.kinematics.compute_ik(arm._target_pose, first, **settings)
+        reached = arm.kinematics.pk_chain.forward_kinematics(target).get_matrix()[:, :3, 3]
+        near = (reached - arm._target_pose.p).norm(dim=1, keepdim=True) < 0.02  # m; up to 16 mm within reach
+        arm._target_qpos = torch.where(near, target, qpos[:, :6])
         arm.set_drive_targets(arm._target_qpos)
 
 

@@ -199,6 +199,32 @@ def test_gpu_controller_converges(env):
     np.testing.assert_allclose(twice, cpu, atol=5e-4)
 
 
+def test_gpu_controller_holds_beyond_reach(env):
+    """Stops an arm that explores outward from sweeping the table on the GPU alone, whose solver cannot fail."""
+    arm = env.agent.controller.controllers["arm"]
+    low, high = env.agent.robot.get_qlimits()[0, :6].T
+    moves = []
+    for gpu in (False, True):
+        env.reset(options={"episode_ids": [9]})
+        saved = dict(vars(arm.kinematics))
+        if gpu:
+            arm.kinematics._setup_gpu()
+        try:
+            for _ in range(14):  # 4 cm each: the fifth is beyond reach
+                before = env.agent.robot.get_qpos()[0].clone()
+                super(type(env.agent).__mro__[1], env.agent).set_action(torch.tensor([[0.04, 0, 0, 0, 0, 0, 1]]))
+                if gpu:
+                    env.agent.converge()
+                before[:6], start = torch.clamp(arm._target_qpos[0], low, high), before[:6].clone()
+                moves.append((before[:6] - start).abs().max().item())
+                env.agent.robot.set_qpos(before[None])
+        finally:
+            vars(arm.kinematics).update(saved)
+    cpu, gpu = moves[:14], moves[14:]
+    np.testing.assert_allclose(gpu, cpu, atol=0.03)  # rad
+    assert max(cpu[:4]) > 0.4 and max(gpu[4:]) < 0.1
+
+
 def test_episode_is_fixed_by_its_id(four_envs):
     """Stops leakage of history, neighbours or worker count into an episode: bit-identical frames for 1 and 4 envs."""
     ids = np.array([763047, 27980, 115733, 660672])
