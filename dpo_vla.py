@@ -117,7 +117,7 @@ def check_args(args):
     runs.check_run(args)
     k, n, t = args.num_trajectories, args.num_envs // int(os.environ.get("WORLD_SIZE", 1)), args.max_episode_steps
     if k < 2 or n % k:
-        fix = f"use --num-envs {max(k, 2) * int(os.environ.get('WORLD_SIZE', 1))}, or a multiple"
+        fix = f"use --num-envs {k * int(os.environ.get('WORLD_SIZE', 1))}, or a multiple" if k > 1 else "use 8"
         raise ValueError(f"num_trajectories = {k} must be >= 2 and divide the {n} environments of a rank; {fix}")
     if args.pairs_per_state > k // 2:  # no trajectory is in two pairs
         raise ValueError(f"pairs_per_state = {args.pairs_per_state} exceeds num_trajectories // 2; use {k // 2}")
@@ -231,8 +231,9 @@ def all_logprobs(model, data, args):
     return runs.sum_over_ranks(logprobs)
 
 
-# What stored pairs and their reference log-probs depend on, of the flags that --resume may change.
-PAIRS_OF = """reference num_trajectories pairs_per_state tie_break temperature dtype window_steps micro_batch_size"""
+# What stored pairs and their reference log-probs depend on, of the flags that may differ between attempts.
+PAIRS_OF = """seed model adapter task split reference num_trajectories pairs_per_state tie_break temperature dtype
+window_steps micro_batch_size"""
 MEANS = ("losses/dpo_loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
@@ -297,6 +298,7 @@ def main(args: Args):
     if args.dry_run:
         samples = 2 * args.pairs_per_batch * args.max_episode_steps  # of an update; if every trajectory is in a pair:
         known = {"num_minibatches": max(1, args.num_envs * args.num_steps // samples), "separate_critic": False}
+        known["micro_batch_size"] = min(args.micro_batch_size, args.window_steps or args.max_episode_steps)
         return print(logs.plan(asdict(args) | known, asdict(PRESETS["default"]) | known, model_name))
     rendering = args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
     check_env_args(args.task, args.split, args.assets, *rendering)

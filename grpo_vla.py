@@ -123,7 +123,7 @@ def check_args(args):
     runs.check_rollout(args.num_envs, args.num_steps, args.max_episode_steps, args.num_minibatches, **positive)
     runs.check_run(args)
     if args.group_size < 2 or args.num_envs % args.group_size:
-        fix = f"use {max(2, args.num_envs)} or another divisor of it"
+        fix = f"use {args.num_envs} or another divisor of it" if args.num_envs > 1 else "use --num-envs 8"
         raise ValueError(f"group_size = {args.group_size} must divide num_envs = {args.num_envs} and be >= 2; {fix}")
     if not 0 <= (low := args.filter_low) <= (high := args.filter_high) <= 1:
         raise ValueError(f"filter_low = {low} must be <= filter_high = {high}, both in 0 to 1; use 0.1 and 0.9")

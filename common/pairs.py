@@ -31,7 +31,7 @@ def save_pairs(path, data):
     """data: dict of arrays; where a row is a trajectory, 2 n is the chosen and 2 n + 1 the rejected one of pair n."""
     path.parent.mkdir(exist_ok=True)
     with path.with_suffix(".tmp").open("wb") as file:
-        np.savez(file, allow_pickle=False, **data)
+        np.savez(file, **data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(path.with_suffix(".tmp"), path)

@@ -440,6 +440,37 @@ def test_smoke_with_all_files(train, simulator, capsys):
         images = simulator.step(start.actions_from_tokens(tokens, list(start.norm_stats)[0]))[0]
 
 
+def test_the_better_trajectory_is_chosen(train, simulator, monkeypatch):
+    """Stops sides that are swapped between the simulator's returns and the file, and success that was lost again from
+    breaking a tie: planted returns are the last move along x; planted success is early and lost, or at the end."""
+    monkeypatch.setattr(dpo_vla, "trajectory_scores", trajectory_scores)
+    step = simulator.step
+
+    def planted(actions):
+        images, rewards, ended, infos = step(actions)
+        infos |= {"return": 1000 * actions[:, 0].astype(np.float32)}
+        return images, rewards, ended, infos
+
+    monkeypatch.setattr(simulator, "step", planted)
+    data = pairs.load_pairs(train("returns", num_iterations=1) / "pairs/000001.npz")
+    model = load_vla("tiny", seed=1)
+    (key,), late = model.norm_stats, []
+    moves = model.actions_from_tokens(torch.as_tensor(data["action_tokens"][:, -1]), key)[:, 0]
+    np.testing.assert_allclose(data["returns"], 1000 * moves, rtol=1e-5)
+    assert len(moves) > 2 and (data["returns"][0::2] > data["returns"][1::2]).all()
+
+    def lost_or_late(actions):
+        images, rewards, ended, infos = step(actions)
+        success = np.arange(4) % 2 == infos["elapsed_steps"] - 1
+        late.extend(actions[success & ended, 0].tolist())
+        return images, rewards, ended, infos | {"return": np.ones(4, np.float32), "success": success}
+
+    monkeypatch.setattr(simulator, "step", lost_or_late)
+    data = pairs.load_pairs(train("ties", num_iterations=1, tie_break="length") / "pairs/000001.npz")
+    moves = model.actions_from_tokens(torch.as_tensor(data["action_tokens"][:, -1]), key)[:, 0]
+    assert len(moves) == 8 and set(moves[0::2].tolist()) == set(late)
+
+
 def test_lora_needs_no_second_model(train, monkeypatch):
     """Stops a frozen copy, which does not fit on one card beside a 7B model, and LoRA that touches frozen weights."""
     calls = []

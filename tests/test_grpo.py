@@ -167,7 +167,7 @@ def test_asymmetric_clip_by_hand(ratio, advantage, loss, slope):
 
 
 def test_kl_to_reference():
-    """Stops the reverse divergence and a penalty that pulls at the start: its mean over the policy is the exact KL."""
+    """Stops the reverse divergence as value, and a penalty that pulls at the start: its mean is KL(policy || start)."""
     policy, reference = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.2, 0.3, 0.5]).log()
     exact = (policy.exp() * (policy - reference)).sum()
     torch.testing.assert_close((policy.exp() * kl_to_reference(policy, reference)).sum(), exact)
@@ -301,6 +301,18 @@ def test_kl_penalty_holds_the_policy_at_the_start():
     assert distance[1] < 0.5 * distance[0]
 
 
+def test_entropy_bonus_and_coefficient_of_the_policy_loss():
+    """Stops a bonus of the wrong sign, which removes entropy, and a pg_coef that is not used."""
+    zero = lambda batch: {"advantages": torch.zeros(64), "index": np.arange(64)}  # noqa: E731
+    rising = [metrics["losses/entropy"] for metrics in bandit_run(10, batch_change=zero, ent_coef=1.0)[2]]
+    assert rising[-1] > rising[0] + 0.01
+    plain = dict(rule=torch.optim.SGD, num_minibatches=1, max_grad_norm=math.inf)
+    once, seven = (bandit_run(1, pg_coef=pg_coef, **plain)[0].logits.weight for pg_coef in (1.0, 7.0))
+    start = Bandit().logits.weight
+    torch.testing.assert_close(seven - start, 7 * (once - start), rtol=1e-3, atol=1e-6)
+    assert (once - start).abs().max() > 1e-4
+
+
 def test_guards(tmp_path, monkeypatch):
     """Stops rollout and update from disagreeing unseen, a KL guard after its step, and training on a NaN."""
     monkeypatch.chdir(tmp_path)
@@ -343,6 +355,7 @@ def test_presets_parse_and_are_the_papers(capsys):
         (dict(group_size=5), "group_size = 5 must divide num_envs = 64 and be >= 2; use 64 or another"),
         (dict(group_size=1), "group_size = 1 must"),
         (dict(group_size=0), "group_size = 0 must"),
+        (dict(num_envs=1), "group_size = 8 must divide num_envs = 1 and be >= 2; use --num-envs 8"),
         (dict(num_envs=4), "group_size = 8 must divide num_envs = 4"),
         (dict(filter_low=0.9, filter_high=0.1), "filter_low = 0.9 must be <= filter_high = 0.1"),
         (dict(kl_coef=-0.1), "kl_coef = -0.1 must be >= 0"),
@@ -472,6 +485,23 @@ def test_a_group_shares_its_initial_states(train):
     train("other", num_iterations=1, same_state=False)
     for images in train.envs.first_images:
         assert len(np.unique(images, axis=0)) == 4
+
+
+def test_update_gets_what_was_played(train, monkeypatch):
+    """Stops advantages of the wrong sign, step, episode or member, and noise that repeats in every iteration."""
+    batches, update = [], grpo_vla.update
+    monkeypatch.setattr(grpo_vla, "update", lambda *args: batches.append(args[2]) or update(*args))
+    train("played", num_iterations=2, episode_ids=(32894,), learning_rate=1e-12)  # the same pictures to act on
+    rewards = 10 * np.stack(train.envs.actions)[:, :, 0].reshape(
+        2, 2, 2, 2, 2
+    )  # iteration, episode, step, group, member
+    for batch, played in zip(batches, rewards, strict=True):
+        returns = np.broadcast_to(played.sum(1, keepdims=True), played.shape)
+        expected = (returns - returns.mean(3, keepdims=True)) / returns.std(3, keepdims=True)
+        np.testing.assert_allclose(batch["advantages"].reshape(2, 2, 2, 2), expected, rtol=1e-2)
+    assert np.array_equal(train.envs.first_images[0], train.envs.first_images[2])
+    first, second = (batch["action_tokens"].view(4, 4, -1) for batch in batches)
+    assert not (first[0] == second[0]).all(-1).any(), "in each iteration other draws, from the same pictures"
 
 
 def test_smoke_with_all_files(train, capsys):
