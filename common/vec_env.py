@@ -284,3 +284,4 @@ class GpuEnvs:
 
     def close(self):
         self._env.close()
+        self._env = None  # holds the scene, with its buffers on the GPU

@@ -10,7 +10,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import pytest  # noqa: E402
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     import torch
 
     skips = {}
@@ -18,6 +18,8 @@ def pytest_collection_modifyitems(items):
         skips["bridge"] = "MS_ASSET_DIR is not set: the real benchmark assets (python -m common.assets fetch --dir DIR)"
     if not torch.cuda.is_available():
         skips["gpu"] = "no CUDA device"
+    elif config.getoption("markexpr") != "gpu":
+        skips["gpu"] = "PhysX takes a GPU only in a process that has no CPU simulation: pytest -m gpu"
     for item in items:
         for name, reason in skips.items():
             if item.get_closest_marker(name):
