@@ -441,8 +441,8 @@ def test_smoke_with_all_files(train, simulator, capsys):
 
 
 def test_the_better_trajectory_is_chosen(train, simulator, monkeypatch):
-    """Stops sides that are swapped between the simulator's returns and the file, and success that was lost again from
-    breaking a tie: planted returns are the last move along x; planted success is early and lost, or at the end."""
+    """Stops sides that are swapped between the simulator's returns and the file, noise that repeats, and success that
+    was lost again from breaking a tie: planted returns are the last move along x, success is lost again or late."""
     monkeypatch.setattr(dpo_vla, "trajectory_scores", trajectory_scores)
     step = simulator.step
 
@@ -452,7 +452,10 @@ def test_the_better_trajectory_is_chosen(train, simulator, monkeypatch):
         return images, rewards, ended, infos
 
     monkeypatch.setattr(simulator, "step", planted)
-    data = pairs.load_pairs(train("returns", num_iterations=1) / "pairs/000001.npz")
+    monkeypatch.setattr(dpo_vla, "training_ids", lambda *_: np.array([32894]))
+    run_dir = train("returns", num_iterations=2, learning_rate=1e-12)
+    data, second = (pairs.load_pairs(run_dir / f"pairs/00000{iteration}.npz") for iteration in (1, 2))
+    assert not np.array_equal(data["action_tokens"], second["action_tokens"]), "one noise for all iterations"
     model = load_vla("tiny", seed=1)
     (key,), late = model.norm_stats, []
     moves = model.actions_from_tokens(torch.as_tensor(data["action_tokens"][:, -1]), key)[:, 0]

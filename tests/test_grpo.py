@@ -488,16 +488,19 @@ def test_a_group_shares_its_initial_states(train):
 
 
 def test_update_gets_what_was_played(train, monkeypatch):
-    """Stops advantages of the wrong sign, step, episode or member, and noise that repeats in every iteration."""
+    """Stops advantages of the wrong sign, step, episode or member, noise that repeats in every iteration, and a
+    reference that is scored at another temperature than the policy."""
     batches, update = [], grpo_vla.update
     monkeypatch.setattr(grpo_vla, "update", lambda *args: batches.append(args[2]) or update(*args))
     settings = dict(group_size=4, episode_ids=(32894,), learning_rate=1e-12)  # the same pictures to act on
+    settings |= dict(kl_coef=0.1, temperature=0.5)
     train("played", num_iterations=2, **settings)
     rewards = 10 * np.stack(train.envs.actions)[:, :, 0].reshape(2, 2, 2, 4)  # iteration, episode, step, member
     for batch, played in zip(batches, rewards, strict=True):
         returns = np.broadcast_to(played.sum(1, keepdims=True), played.shape)
         expected = (returns - returns.mean(2, keepdims=True)) / returns.std(2, keepdims=True)
         np.testing.assert_allclose(batch["advantages"].reshape(2, 2, 4), expected, rtol=1e-2)
+        torch.testing.assert_close(batch["ref_logprobs"], batch["logprobs"], rtol=0, atol=1e-4)
     assert np.array_equal(train.envs.first_images[0], train.envs.first_images[2])
     first, second = (batch["action_tokens"].view(4, 4, -1) for batch in batches)
     assert not (first[0] == second[0]).all(-1).any(), "in each iteration other draws, from the same pictures"
