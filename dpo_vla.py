@@ -117,7 +117,7 @@ def check_args(args):
     runs.check_run(args)
     k, n, t = args.num_trajectories, args.num_envs // int(os.environ.get("WORLD_SIZE", 1)), args.max_episode_steps
     if k < 2 or n % k:
-        fix = f"use --num-envs {k * int(os.environ.get('WORLD_SIZE', 1))}, or a multiple" if k > 1 else "use 8"
+        fix = f"use --num-envs {k * int(os.environ.get('WORLD_SIZE', 1))}, or a multiple" if k > 1 else "use 2"
         raise ValueError(f"num_trajectories = {k} must be >= 2 and divide the {n} environments of a rank; {fix}")
     if args.pairs_per_state > k // 2:  # no trajectory is in two pairs
         raise ValueError(f"pairs_per_state = {args.pairs_per_state} exceeds num_trajectories // 2; use {k // 2}")
