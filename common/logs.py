@@ -17,7 +17,7 @@ from common.runs import write_atomic
 class Logger:
     """metrics.jsonl and TensorBoard always, Weights & Biases with track=True; with enabled=False nothing at all.
 
-    config: dict of Args, kept in args.json. step: the one the run is resumed from; later lines are dropped.
+    config: dict of Args, kept in args.json. step: where a run is resumed: later lines are dropped, of a new run all.
     """
 
     def __init__(self, run_dir, config, track=False, step=0, enabled=True):
@@ -29,7 +29,7 @@ class Logger:
         path.parent.mkdir(parents=True, exist_ok=True)
         settings = json.dumps(config | {"resume": ""}, indent=1)
         write_atomic(path.parent / "args.json", lambda file: file.write_text(settings))
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text().splitlines(keepends=True) if path.exists() and config.get("resume") else []
         kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
         write_atomic(path, lambda file: file.write_text(kept))
         self.file = path.open("a", buffering=1)

@@ -221,6 +221,11 @@ def test_metrics_continue_where_the_checkpoint_was(tmp_path):
     assert [(row["step"], row["losses/x"]) for row in rows] == [(10, 1.0), (20, 2.0), (30, 9.0)]
     assert rows[0]["losses/y"] is None, "NaN is not JSON"
     assert json.loads((tmp_path / "args.json").read_text()) == {"lr": 0.2, "resume": ""}
+    logger = logs.Logger(tmp_path, {"resume": ""})
+    logger.log({"losses/x": 7.0}, 0)
+    logger.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["losses/x"] for row in rows] == [7.0], "a new run keeps no line of one that ended before a checkpoint"
     silent = logs.Logger(tmp_path / "other", {}, enabled=False)
     silent.log({"a": 1}, 1)
     silent.close()
