@@ -264,7 +264,7 @@ def update(model, optimizer, batch, args, rng, run_dir):
             if gap > limit:
                 raise RuntimeError(
                     f"1 % of |ratio - 1| exceed {gap:.1e} before the first update, ratio_tolerance = {limit}: act and "
-                    "evaluate disagree; use float32, or in bfloat16 --recompute-logprobs and a higher --ratio-tolerance"
+                    "evaluate disagree; --resume in float32, or --recompute-logprobs and a higher --ratio-tolerance"
                 )
         if args.target_kl is not None and sums[KL] / minibatch_size > args.target_kl:
             break  # the same sum on every rank; this minibatch is dropped
