@@ -35,7 +35,7 @@ from common.env import check_env_args
 from common.evaluate import evaluation_ids, run_episodes, wilson, write_video
 from common.expert import Expert
 from common.report import compare, dimension_means, make
-from common.runs import choose_device, choose_key, write_atomic
+from common.runs import NUMBER, choose_device, choose_key, write_atomic
 from common.tasks import REPORT_ROWS, decode, instruction
 from common.vec_env import make_envs
 from common.vla import load_vla
@@ -86,7 +86,7 @@ def find_model(checkpoint: str) -> tuple[str, dict]:
     """(what load_vla takes, training settings or {}) of a model directory, a run directory or the name "tiny"."""
     path = Path(checkpoint)
     if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-        path = max(path.glob("best-[0-9]*"), default=max(path.glob("checkpoint-[0-9]*"), default=Path()))
+        path = max(path.glob(f"best-{NUMBER}"), default=max(path.glob(f"checkpoint-{NUMBER}"), default=Path()))
     if checkpoint != "tiny" and not (path.is_dir() and path.name):
         fix = "of the hub: hf download ID --local-dir DIR"
         raise FileNotFoundError(f"--checkpoint {checkpoint}: not tiny, a model, or a run with best-N; {fix}")
@@ -109,9 +109,9 @@ def environment(args: Args, trained: list[dict]) -> dict:
 
 
 def fingerprint(model: str) -> str:
-    """sha256 over a model directory's weights, configuration, statistics and tokenizer, a base inside it included."""
+    """sha256 over a model directory's weights, configuration, statistics and tokenizer, of an adapter's base too."""
     digest = hashlib.sha256()
-    files = [*Path(model).rglob("*.safetensors"), *Path(model).rglob("*.json")]
+    files = {*Path(model).rglob("*.safetensors"), *Path(model).rglob("*.json")} | set(locate(model).weights.values())
     for path in sorted(path for path in files if path.name != "args.json"):
         digest.update(np.memmap(path, mode="r"))
     return digest.hexdigest()
@@ -201,16 +201,17 @@ def main(args: Args) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"{args.checkpoint} would be {names} in the report; give each once, or rename one")
     found = dict(zip(names, map(find_model, args.checkpoint), strict=False))
-    env_kwargs = environment(args, [trained for _, trained in found.values()])
+    device = choose_device(args.device, args.dtype)
+    on_cpu = {} if device == "cuda" else {"dtype": "float32"}  # unless asked: bfloat16 is slow on most CPUs
+    env_kwargs = environment(args, [trained | on_cpu for _, trained in found.values()])
     if (most := env_kwargs["max_episode_steps"]) < 1:
         raise ValueError(f"max_episode_steps = {most} must be >= 1; use 40 (embedded) or 80 (published)")
     checked = "assets", "image_size", "sim_freq", "solver_iterations", "fidelity"
     check_env_args("main", "train", *(env_kwargs[key] for key in checked))
     check_simulator(env_kwargs["sim_device"])
-    device = choose_device(args.device, args.dtype)
     dtype = env_kwargs.pop("dtype")
-    dtype = dtype if device == "cuda" or args.dtype else "float32"  # bfloat16 is slow on most CPUs
     chosen = {k: getattr(args, k) for k in ("num_episodes", "temperature", "seed", "block_size", "policy")}
+    chosen |= {"num_envs": args.num_envs} if env_kwargs["sim_device"] == "cuda" else {}  # one world
     config, about = env_kwargs | chosen | {"dtype": dtype, "device": device}, machine()
     print("\n".join(f"{key:18} {value}" for key, value in (config | about).items()))
     arguments, keys = {name: dict(config) for name in names}, {}  # all that changes results

@@ -18,6 +18,7 @@ Sibling: ppo_vla.py. Here is no rollout and no advantage; an iteration is `num_u
 import os
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -205,13 +206,14 @@ def validate(model, data, rows, unnorm_key, micro_batch_size, max_rows):
     rows = rows[torch.linspace(0, len(rows) - 1, min(max_rows, len(rows))).long()]
     rank, world_size = runs.rank_and_world_size()
     sums = torch.zeros(len(VALIDATION), device=model.device)
-    for part in rows[rank::world_size].split(max(64, micro_batch_size)):  # no gradients: more fit
+    for part in filter(len, rows[rank::world_size].split(max(64, micro_batch_size))):  # no gradients: more fit
         images = data["images"][part]
         tokens = model.act(images, [data["instructions"][row] for row in part], temperature=0)[0].cpu()
-        error = (model.actions_from_tokens(tokens, unnorm_key) - data["actions"][part]).abs()
+        decoded, labels = model.actions_from_tokens(tokens, unnorm_key), data["actions"][part]
+        error, gripper = (decoded - labels).abs(), (decoded[:, 6] > 0.5) == (labels[:, 6] > 0.5)  # as in simulation
         losses, right = cross_entropy(model, data, part, images).cpu(), tokens == data["action_tokens"][part]
         moves = 1000 * error[:, :3].mean(1), 1000 * error[:, 3:6].mean(1)
-        values = losses, right.float().mean(1), (error[:, 6] < 0.9).float(), *moves
+        values = losses, right.float().mean(1), gripper.float(), *moves
         sums += torch.stack([x.sum() for x in values]).to(model.device)
     return dict(zip(VALIDATION, (runs.sum_over_ranks(sums) / len(rows)).tolist(), strict=True))
 
@@ -225,7 +227,7 @@ def update(model, optimizer, data, rows, number, args, run_dir):
         images = augment(images, torch.Generator().manual_seed(args.seed * 2**32 + number))
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=model.device)
-    for mine in torch.arange(len(rows))[rank::world_size].split(args.micro_batch_size):
+    for mine in filter(len, torch.arange(len(rows))[rank::world_size].split(args.micro_batch_size)):
         loss = cross_entropy(model, data, rows[mine], images[mine]).sum() / len(rows)
         if not torch.isfinite(loss):
             runs.stop_non_finite(run_dir, "loss", data, rows[mine])
@@ -273,13 +275,17 @@ def main(args: Args):
     params = model.trainable_parameters()["policy"]
     optimizer = torch.optim.AdamW(params, lr=args.learning_rate, weight_decay=args.weight_decay)
     progress = {"iteration": 0, "seconds": 0.0, "evaluations": []}  # evaluations: success at end on the paired list
-    progress["samples"] = [len(train_rows), len(val_rows)]
+    samples = [len(train_rows), len(val_rows), zlib.crc32(data["action_tokens"].numpy().tobytes())]
+    if (of_ranks := runs.gather_over_ranks(samples)) != [samples] * world_size:
+        fix = "the same files on every machine, no recording running"
+        raise ValueError(f"ranks read other {args.demos}: {of_ranks} samples, for validation, checksum; use {fix}")
+    progress["samples"] = samples
     if checkpoint:
         state = runs.load_training_state(checkpoint)
         runs.load_optimizer(optimizer, state["optimizer"])
-        if (now := progress["samples"]) != (then := state["progress"]["samples"]):
-            fix = "give --num-demos, or start a new run"
-            raise ValueError(f"{args.demos} give {now} samples to train and validate, the run had {then}; {fix}")
+        if samples != (then := state["progress"]["samples"]):
+            fix = "give its --num-demos and --statistics, or start anew"
+            raise ValueError(f"{args.demos} give {samples} samples, for validation, checksum, it had {then}; {fix}")
         progress = state["progress"]
 
     # --- environments, logger, checkpoints, evaluation ---

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from common.env import CAMERA, ENV_ID, check_env_args
 from common.evaluate import training_ids
 from common.expert import Expert
+from common.tasks import num_configurations
 from common.vec_env import make_envs
 
 # --- recording ---
@@ -126,6 +127,9 @@ def record(args):
     counts, seen = {"attempted": 0, "rejected": 0, "batches": 0}, set()
     rendering = args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
     check_env_args(args.task, args.split, args.assets, *rendering)
+    if args.num_demos > (most := num_configurations(args.task, args.split, args.fidelity) * 9 // 10):
+        fix = f"nine tenths of the configurations of {args.task}/{args.split}; use fewer, or a larger task"
+        raise ValueError(f"num_demos = {args.num_demos} must be <= {most}, {fix}")
     parts.mkdir(parents=True, exist_ok=True)
     part_paths = sorted(parts.glob("*.h5"))
     for path in [final] * final.exists() + part_paths:
@@ -138,7 +142,7 @@ def record(args):
             seen |= {int(group.attrs["id"]) for group in file.values()}
     if len(seen) < args.num_demos:
         part_paths += _record_parts(args, settings, counts, seen, parts)
-    if part_paths:
+    if part_paths or not final.with_suffix(".json").exists():
         _merge(final, part_paths, settings)
     shutil.rmtree(parts)
     return final
@@ -310,7 +314,7 @@ def read_header(path):
         header = json.loads(json_path.read_text())
         header["settings"], header["episodes"], *(header["statistics"]["action"][k] for k in ("q01", "q99", "mask"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{json_path} is not valid JSON ({error}); record it again") from error
+        raise ValueError(f"{json_path} is not valid JSON ({error}); remove it, repeat its command") from error
     except KeyError as error:
         raise ValueError(f"{json_path} has no key {error}; record it again with this version") from error
     return header | {"path": path}

@@ -25,7 +25,7 @@ print("GPU:", system.device.name if system.device.is_cuda() else sapien.render.g
 """
 FIXES = {  # by backend
     "cpu": "`make setup`, or install Mesa's software Vulkan >= 24.3 (Debian packages mesa-vulkan-drivers, libvulkan1)",
-    "gpu": "install the NVIDIA driver's Vulkan part (in a container: NVIDIA_DRIVER_CAPABILITIES=all)",
+    "gpu": "install the NVIDIA driver's Vulkan part (container: NVIDIA_DRIVER_CAPABILITIES=all), or --sim-device cpu",
 }
 PHYSX = ".sapien/physx/*/libPhysXGpu_64.so"
 

@@ -90,7 +90,8 @@ def check_run(args):
         raise ValueError(f"target_kl = {limit} would drop every minibatch; use 0.03, or leave it out for no limit")
     if min(getattr(args, "episode_ids", None) or [0]) < 0:
         raise ValueError(f"episode_ids = {args.episode_ids} must be >= 0; an id is a number of docs/benchmark.md")
-    if name and not args.resume and any(Path("runs", name).glob("checkpoint-*")):
+    here = Path(f"runs/{name}")  # as the scripts have it: Path("runs", "/x") would be /x
+    if name and not args.resume and [*here.glob("checkpoint-*"), *here.glob("best-*[1-9]*")]:
         fix = f"use --resume runs/{name} or another --name"
         raise ValueError(f"runs/{name} holds a run, which is never overwritten; {fix}")
     if args.eval_every and args.eval_episodes < ranks:
@@ -202,6 +203,9 @@ def sum_gradients(parameters):
 
 
 # --- files, training checkpoints ---
+NUMBER = 6 * "[0-9]"  # of a checkpoint; a copy beside it with a longer name is not the run's: neither read nor removed
+
+
 def write_atomic(path, write):
     """write(a temporary path beside it), then rename: neither a reader nor a kill ever meets half a file."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -211,7 +215,7 @@ def write_atomic(path, write):
 
 def find_checkpoint(run_dir, kind="checkpoint"):
     """The complete checkpoint directory with the highest number."""
-    found = sorted(Path(run_dir).glob(f"{kind}-[0-9]*"))
+    found = sorted(Path(run_dir).glob(f"{kind}-{NUMBER}"))
     if not found:
         raise FileNotFoundError(f"{run_dir} holds no {kind}-NNNNNN, so nothing can be resumed; start a new run")
     return found[-1]
@@ -240,7 +244,7 @@ def save_checkpoint(run_dir, kind, number, save_model, state):
     if final.exists():  # the best of an iteration that is done a second time after a resume
         os.rename(final, temporary.with_suffix(".tmp.old"))
     os.rename(temporary, final)
-    for other in {*run_dir.glob(f"{kind}-[0-9]*"), *run_dir.glob(".*.tmp*")} - {final}:
+    for other in {*run_dir.glob(f"{kind}-{NUMBER}"), *run_dir.glob(".*.tmp*")} - {final}:
         shutil.rmtree(other)
 
 

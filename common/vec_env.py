@@ -160,8 +160,8 @@ class CpuEnvs:
         answers = []
         for number, (process, pipe, rows) in enumerate(self._workers):
             who = f"environment worker {number} (environments {rows[0]} to {rows[-1]})"
-            ready = wait([pipe, process.sentinel], timeout_s)
-            if not ready:
+            # in slices: a run that was stopped and goes on (Ctrl-Z, a suspended job) loses one of them, not all
+            if not any(wait([pipe, process.sentinel], timeout_s / 100) for _ in range(100)):
                 raise RuntimeError(f"{who} did not answer within {timeout_s} s; its process {process.pid} hangs")
             try:
                 kind, answer = pipe.recv()

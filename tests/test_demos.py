@@ -142,6 +142,9 @@ def test_an_interrupted_recording_goes_on(tmp_path):
     old, new = load_demos(recorded_demos()), load_demos(path)
     assert new.episode_ids[:10] == old.episode_ids and len(set(new.episode_ids)) == 12
     assert np.array_equal(new.actions[: len(old.actions)], old.actions) and not parts.exists()
+    (path / "trajectory.json").unlink()  # only the .h5 was copied: the command of the error's fix
+    record(Args(output=str(path), **ARGS | {"num_demos": 12}))
+    assert load_demos(path).episode_ids == new.episode_ids
     with pytest.raises(ValueError, match=r"seed = 0 there, 1 now"):
         record(Args(output=str(path), **ARGS | {"num_demos": 14}, seed=1))
 
@@ -282,3 +285,9 @@ def test_numbers_that_make_no_recording_are_refused(wrong, tmp_path):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} = .* must be . to .*; use"):
         record(Args(output=str(tmp_path / "new"), **wrong))
     assert not (tmp_path / "new").exists()
+
+
+def test_more_demonstrations_than_configurations_are_refused(tmp_path):
+    """Stops hours of episodes that can only repeat what is recorded."""
+    with pytest.raises(ValueError, match="num_demos = 4000 must be <= 2822, nine tenths of the configurations"):
+        record(Args(output=str(tmp_path), task="single", num_demos=4000))

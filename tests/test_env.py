@@ -374,6 +374,11 @@ def test_dead_worker_is_an_error_not_a_hang():
     envs = make_envs(num_envs=2, num_workers=1)
     try:
         envs.reset(np.array([0, 1]))
+        process, pipe, _ = envs._workers[0]
+        os.kill(process.pid, signal.SIGSTOP)
+        with pytest.raises(RuntimeError, match="environment worker 0 .* did not answer within 0.5 s; its process"):
+            envs._gather(0.5)
+        os.kill(process.pid, signal.SIGCONT)
         os.kill(envs._workers[0][0].pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match="worker 0 .*signal 9"):
             envs.step(np.zeros((2, 7), np.float32))

@@ -3,6 +3,7 @@
 import ast
 import json
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hub_layout import write_reference_checkpoint
 
+import common.evaluate
 import eval_ood
 from common.assets import load_pack
 from common.evaluate import evaluation_ids, training_ids
@@ -47,6 +49,17 @@ def test_uniform_draws_would_meet_evaluation_episodes():
     """Negative control of the test above: without the hold-out rule 20,000 draws do meet 4,000 of 802,816 scenes."""
     evaluated = configurations("carrot", "train", evaluation_ids("carrot", "train", 4000))
     assert evaluated & configurations("main", "train", np.random.default_rng(0).integers(802_816, size=20_000))
+
+
+def test_a_run_s_own_evaluations_are_not_those_of_the_report(monkeypatch):
+    """Stops the best checkpoint from being judged on the very episodes that picked it, whatever task it trains on."""
+    lists, envs = [], types.SimpleNamespace(fidelity="fixed")
+    monkeypatch.setattr(common.evaluate, "run_episodes", lambda policy, envs, ids, record: lists.append(ids) or 1 / 0)
+    for task, split in {row[2:4] for row in REPORT_ROWS} | {("main", "train")}:
+        with pytest.raises(ZeroDivisionError):
+            common.evaluate.evaluate(None, envs, task, split, 64, 0.6, "")
+        same = set(lists[-1].tolist()) & set(evaluation_ids(task, split, 64).tolist())
+        assert len(same) == 64 if task == "main" else len(same) <= 20, "main is no row of the report"
 
 
 def test_lists_are_paired_and_prefixes():
@@ -101,7 +114,7 @@ def test_settings_flag_then_checkpoint_then_default():
 def test_find_model(tmp_path):
     """Stops an evaluation of the wrong checkpoint of a run, and of a directory without a model."""
     assert eval_ood.find_model("tiny") == ("tiny", {})
-    for name in ("checkpoint-000009", "best-000004", "best-000012", "videos"):
+    for name in ("checkpoint-000009", "best-000004", "best-000012", "best-000012-copy", "best-000099.tar", "videos"):
         (tmp_path / name).mkdir()
     state = {"args": {"image_size": (64, 48)}, "optimizer": {}}  # a tuple here, a list in args.json: the same value
     torch.save(state, tmp_path / "best-000012" / "training_state.pt")
@@ -212,6 +225,16 @@ def test_fingerprint_sees_weights(tmp_path, tiny):
     assert eval_ood.fingerprint(str(tmp_path / "a")) != statistics
 
 
+def test_fingerprint_sees_an_adapter_s_base(tmp_path):
+    """Stops rows of an adapter on one base from being mixed with rows of the same adapter on a base made anew."""
+    save_vla(load_vla("tiny", value_head=False), tmp_path / "base")
+    save_vla(load_vla(str(tmp_path / "base"), lora_rank=2, value_head=False), tmp_path / "adapter")
+    before = eval_ood.fingerprint(str(tmp_path / "adapter"))
+    path = next((tmp_path / "base").glob("model*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert eval_ood.fingerprint(str(tmp_path / "adapter")) != before
+
+
 # --- in the real simulator ---
 @pytest.fixture(scope="module")
 def simulators():
@@ -290,9 +313,11 @@ def test_two_checkpoints_of_training_runs(evaluate, tmp_path, monkeypatch):
     for number, name in enumerate(("a", "b")):
         model = load_vla("tiny", seed=number)
         state = {"args": {"max_episode_steps": 5, "unnorm_key": sorted(model.norm_stats)[0]}}
+        state["args"]["dtype"] = ("bfloat16", "float32")[number]  # on a CPU both are evaluated in float32
         save_checkpoint(tmp_path / name, "best", 3, lambda path, model=model: save_vla(model, path), state)
     runs = (str(tmp_path / "a"), str(tmp_path / "b"))
     results = evaluate("two", checkpoint=runs, max_episode_steps=None, tasks="id", num_envs=3)
+    assert results["config"]["dtype"] == "float32"
     assert results["config"]["max_episode_steps"] == 5 and temperatures == {results["config"]["temperature"]} == {0.6}
     a, b = (policy["rows"]["in_distribution"] for policy in results["policies"].values())
     assert a["episode_ids"] == b["episode_ids"] and a["arguments"]["weights"] != b["arguments"]["weights"]

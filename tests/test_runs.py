@@ -160,9 +160,13 @@ def test_checkpoint_round_trip_restores_random_streams(tmp_path):
     state = runs.load_training_state(runs.find_checkpoint(tmp_path))
     assert (torch.rand(1).item(), np.random.rand(), random.random()) == drawn
     assert state["n"] == [0.5] and state["optimizer"]["step"].tolist() == [1, 1]
+    (tmp_path / "checkpoint-000007-mine").mkdir()
+    (tmp_path / "checkpoint-000009.tar").write_bytes(b"an archive")
+    assert runs.find_checkpoint(tmp_path).name == "checkpoint-000007"
     runs.save_checkpoint(tmp_path, "checkpoint", 8, write_weights, {})
     runs.save_checkpoint(tmp_path, "best", 7, write_weights, {})  # the same iteration again, after a resume
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-000007", "checkpoint-000008"]
+    kept = ["best-000007", "checkpoint-000007-mine", "checkpoint-000008", "checkpoint-000009.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept, "copies of one's own are not the run's"
     with pytest.raises(FileNotFoundError, match="nothing can be resumed"):
         runs.find_checkpoint(tmp_path / "empty")
 

@@ -201,8 +201,11 @@ def test_resume_continues_exactly(tmp_path, monkeypatch):
         [line["losses/cross_entropy"] for line in metrics_of(tmp_path / "runs" / run)] for run in ("whole", "parts")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 4
-    with pytest.raises(ValueError, match=r"give \[\d+, \d+\] samples to train and validate, the run had"):
+    with pytest.raises(ValueError, match=r"give \[\d+, \d+, \d+\] samples, for validation, checksum, it had") as error:
         main(replace(args, name="parts", resume="runs/parts", num_iterations=5, num_demos=9))
+    assert "--num-demos" in str(error.value)
+    with pytest.raises(ValueError, match="--statistics"):  # as many samples, whose tokens mean other actions
+        main(replace(args, name="parts", resume="runs/parts", num_iterations=5, statistics="quantiles"))
 
 
 # --- bad input ---
@@ -237,6 +240,33 @@ def test_bad_data_are_refused(tmp_path, monkeypatch):
     (tmp_path / "runs/old/checkpoint-000001").mkdir(parents=True)
     with pytest.raises(ValueError, match="runs/old holds a run"):
         check_args(replace(small(), name="old"))
+    (tmp_path / "runs/kept/best-000080").mkdir(parents=True)
+    (tmp_path / "runs/data/checkpoint-000001").mkdir(parents=True)
+    for name in ("kept", "/data"):  # its best alone; a name with a slash is below runs/ all the same
+        with pytest.raises(ValueError, match=f"runs/{name} holds a run"):
+            check_args(replace(small(), name=name))
+
+
+def test_ranks_must_read_the_same_demonstrations(tmp_path, monkeypatch):
+    """Stops gradients of two tokenisations from being summed, where machines have demonstrations of their own."""
+    monkeypatch.chdir(tmp_path)
+    other = lambda mine: [mine, [*mine[:2], 0]] if isinstance(mine, list) else [mine]  # noqa: E731
+    monkeypatch.setattr(sft_vla.runs, "gather_over_ranks", other)
+    with pytest.raises(ValueError, match=r"ranks read other .*: \[\[\d+, \d+, \d+\], \[\d+, \d+, 0\]\] samples"):
+        main(small(name="apart"))
+
+
+def test_gripper_is_right_where_the_simulator_reads_it_so():
+    """Stops a decoded .3, at which the hand closes, from counting as open."""
+    model = load_vla("tiny", value_head=False)
+    data, rows, _, key = load_data(small(), model)
+    tokens = data["action_tokens"].clone()
+    tokens[:, 6] = model.backbone.bins.stop - 1 - 165
+    assert model.actions_from_tokens(tokens, key)[0, 6].item() == pytest.approx(0.3, abs=0.01)
+    model.act = lambda images, texts, temperature: (tokens[: len(images)], None, None)
+    data["actions"][:, 6] = torch.where(torch.arange(len(tokens)) % 4 == 0, 1.0, -1.0)
+    accuracy = validate(model, data, torch.arange(8), key, 8, 8)["gripper_accuracy"]
+    assert accuracy == 0.75, "right where the label is closed"
 
 
 def test_presets_are_the_paper_s():

@@ -16,9 +16,9 @@ import pytest
 import tyro
 
 ROOT = Path(__file__).parent.parent
-BUDGETS = {"ppo_vla.py": 478, "grpo_vla.py": 446, "dpo_vla.py": 427, "sft_vla.py": 361, "eval_ood.py": 290}
-BUDGETS |= {"README.md": 150, "common/env.py": 376, "common/vla.py": 359, "common/demos.py": 346}
-COMMON_FILE_BUDGET, COMMON_BUDGET = 330, 3789
+BUDGETS = {"ppo_vla.py": 478, "grpo_vla.py": 446, "dpo_vla.py": 427, "sft_vla.py": 366, "eval_ood.py": 291}
+BUDGETS |= {"README.md": 150, "common/env.py": 376, "common/vla.py": 359, "common/demos.py": 350}
+COMMON_FILE_BUDGET, COMMON_BUDGET = 330, 3798
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py"))]
 TRAINING = [name for name in SCRIPTS if name.endswith("_vla")]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
