@@ -19,7 +19,7 @@ demo: setup
 	$(PY) ppo_vla.py $(DEMO_ARGS)
 
 # publishes a trained model in bfloat16, as OpenVLA is: half the size
-SHIP = $(PY) -c "import sys, torch; from common.vla import *; \
+SHIP = $(PY) -c "import sys, torch; from common.model.openvla import *; \
 	save_vla(load_vla(sys.argv[1], dtype=torch.bfloat16, value_head=False, trainable=False), sys.argv[2])"
 
 # the dtype of matmuls that is fast here: a processor without AMX or AVX512-BF16 emulates bfloat16
@@ -33,23 +33,23 @@ pretrained: runs/tiny-pretrained/config.json
 	$(SHIP) runs/tiny-pretrained checkpoints/tiny-pretrained
 
 demos/pointing/trajectory.json: | setup
-	$(PY) -m common.tiny.pointing --num-scenes 8000 --output demos/pointing
+	$(PY) -m tiny.pointing --num-scenes 8000 --output demos/pointing
 
 demos/pointing-two/trajectory.json: | setup
-	$(PY) -m common.tiny.pointing --num-scenes 8000 --task multi_carrot --seed 1 --output demos/pointing-two
+	$(PY) -m tiny.pointing --num-scenes 8000 --task multi_carrot --seed 1 --output demos/pointing-two
 
 runs/tiny-pretrained-wide/config.json: demos/pointing/trajectory.json demos/pointing-two/trajectory.json
-	$(PRETRAIN) -m common.tiny.pretrain --batch-size 512 --eyes-updates 2613 --pointing-updates 3015 \
+	$(PRETRAIN) -m tiny.pretrain --batch-size 512 --eyes-updates 2613 --pointing-updates 3015 \
 		--dtype $(DTYPE) --output runs/tiny-pretrained-wide
 
 runs/tiny-pretrained/config.json: runs/tiny-pretrained-wide/config.json
-	$(PRETRAIN) -m common.tiny.pretrain --batch-size 512 --eyes-updates 0 --pointing-updates 5000 --label-std 2 \
+	$(PRETRAIN) -m tiny.pretrain --batch-size 512 --eyes-updates 0 --pointing-updates 5000 --label-std 2 \
 		--dtype $(DTYPE) --model runs/tiny-pretrained-wide --output runs/tiny-pretrained
 
 # makes checkpoints/tiny-warmup again from checkpoints/tiny-pretrained and replaces it; a second time needs
 # runs/tiny-warmup removed. Its steps took 12 minutes on two cores with AMX; see results/warmup
 warmup: setup
-	$(PY) -m common.demos --num-demos 1000 --num-envs 32 --max-episode-steps 60 --action-noise 0.015 \
+	$(PY) -m common.simulation.demos --num-demos 1000 --num-envs 32 --max-episode-steps 60 --action-noise 0.015 \
 		--blunder-probability 0.04 --output demos/warmup
 	$(VENV)/bin/torchrun --nproc-per-node 2 sft_vla.py --demos demos/warmup --name tiny-warmup \
 		--dtype $(DTYPE) --num-envs 64 --num-iterations 5 --num-updates 50 --eval-every 5 --eval-episodes 192
@@ -67,7 +67,7 @@ format: setup
 	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
 doctor: setup
-	$(PY) -m common.doctor
+	$(PY) -m scripts.doctor
 
 # exact versions of what is installed now; on a machine without a GPU, so that no CUDA package is listed
 lock: setup

@@ -4,7 +4,7 @@
     python dpo_vla.py --preset paper --dry-run            # OpenVLA-7B: the plan, nothing is loaded
     torchrun --nproc-per-node 2 dpo_vla.py --num-envs 64  # the same update, states and pairs split over ranks
     python dpo_vla.py --resume runs/NAME                  # continues exactly
-    python -m common.pairs --path runs/NAME/pairs/000085.npz --pair 3    # video: chosen left, rejected right
+    python -m common.run.pairs --path runs/NAME/pairs/000085.npz --pair 3    # video: chosen left, rejected right
 
 The paper takes GRAPE's loss (Zhang et al. 2024; DPO: Rafailov et al. 2023) for trajectories that share the first state:
     L = -log sigmoid(beta [log pi(tau_w)/pi_ref(tau_w) - log pi(tau_l)/pi_ref(tau_l)]), tau_w has the higher return.
@@ -27,11 +27,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from common import logs, pairs, runs
-from common.doctor import check_simulator
-from common.env import check_env_args
-from common.evaluate import evaluate, run_episodes, training_ids
-from common.vec_env import make_envs
+from common.run import logs, pairs, runs
+from common.run.evaluate import evaluate, run_episodes, training_ids
+from common.simulation.env import check_env_args
+from common.simulation.vec_env import make_envs
+from scripts.doctor import check_simulator
 
 
 # --- args ---
@@ -49,7 +49,7 @@ class Args:
     track: bool = False  # log to Weights & Biases too
     dry_run: bool = False  # print the plan with a memory estimate, and leave
     # environment
-    task: str = "main"  # a row of common/tasks.py; evaluation during training is on the same task
+    task: str = "main"  # a row of common/simulation/tasks.py; evaluation during training is on the same task
     split: Literal["train", "test"] = "train"  # its configurations
     assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
     num_envs: int = 64  # over all ranks, a multiple of num_trajectories [P]
@@ -303,7 +303,10 @@ def main(args: Args):
     rendering = args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
     check_env_args(args.task, args.split, args.assets, *rendering)
     check_simulator(args.sim_device)
-    from common.vla import load_vla, save_vla  # 4 s that bad input and the simulator's processes need not wait for
+    from common.model.openvla import (  # 4 s that bad input and the simulator's processes need not wait for
+        load_vla,
+        save_vla,
+    )
 
     device = runs.setup_ranks(args.device, args.dtype)
     rank, world_size = runs.rank_and_world_size()

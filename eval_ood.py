@@ -28,17 +28,17 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from common.assets import load_pack
-from common.checkpoints import locate
-from common.doctor import check_simulator
-from common.env import check_env_args
-from common.evaluate import evaluation_ids, run_episodes, wilson, write_video
-from common.expert import Expert
-from common.report import compare, dimension_means, make
-from common.runs import NUMBER, choose_device, choose_key, write_atomic
-from common.tasks import REPORT_ROWS, decode, instruction
-from common.vec_env import make_envs
-from common.vla import load_vla
+from common.model.checkpoints import locate
+from common.model.openvla import load_vla
+from common.run.evaluate import evaluation_ids, run_episodes, wilson, write_video
+from common.run.report import compare, dimension_means, make
+from common.run.runs import NUMBER, choose_device, choose_key, write_atomic
+from common.simulation.assets import load_pack
+from common.simulation.env import check_env_args
+from common.simulation.expert import Expert
+from common.simulation.tasks import REPORT_ROWS, decode, instruction
+from common.simulation.vec_env import make_envs
+from scripts.doctor import check_simulator
 
 # What the environment is unless a flag or the checkpoint's training settings say otherwise: the small preset.
 ENVIRONMENT = {"assets": "primitive", "image_size": (160, 120), "sim_freq": 250, "solver_iterations": 4,

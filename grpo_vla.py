@@ -24,11 +24,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import logs, runs
-from common.doctor import check_simulator
-from common.env import check_env_args
-from common.evaluate import evaluate, training_ids
-from common.vec_env import make_envs
+from common.run import logs, runs
+from common.run.evaluate import evaluate, training_ids
+from common.simulation.env import check_env_args
+from common.simulation.vec_env import make_envs
+from scripts.doctor import check_simulator
 
 
 # --- args ---
@@ -46,7 +46,7 @@ class Args:
     track: bool = False  # log to Weights & Biases too
     dry_run: bool = False  # print the plan with a memory estimate, and leave
     # environment
-    task: str = "main"  # a row of common/tasks.py; evaluation during training is on the same task
+    task: str = "main"  # a row of common/simulation/tasks.py; evaluation during training is on the same task
     split: Literal["train", "test"] = "train"  # its configurations
     episode_ids: tuple[int, ...] = ()  # train and evaluate on these alone: a check of the algorithm; empty = all [D]
     assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
@@ -187,7 +187,8 @@ def kl_to_reference(logprobs, ref_logprobs):
 
 def start_policy(model, name_or_path, adapter=None, seed=0):
     """-> function that makes a context: the frozen policy that `load_vla` made of these before `model` was trained."""
-    from common import checkpoints, vla  # slow to import
+    from common.model import checkpoints  # slow to import
+    from common.model import openvla as vla
 
     if hasattr(model.backbone, "peft_config") and checkpoints.locate(name_or_path, adapter).adapter is None:
         return model.reference
@@ -292,7 +293,10 @@ def main(args: Args):
     rendering = args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
     check_env_args(args.task, args.split, args.assets, *rendering)
     check_simulator(args.sim_device)
-    from common.vla import load_vla, save_vla  # 4 s that bad input and the simulator's processes need not wait for
+    from common.model.openvla import (  # 4 s that bad input and the simulator's processes need not wait for
+        load_vla,
+        save_vla,
+    )
 
     device = runs.setup_ranks(args.device, args.dtype)
     rank, world_size = runs.rank_and_world_size()

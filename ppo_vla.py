@@ -29,12 +29,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import logs, runs
-from common.critic import state_features
-from common.doctor import check_simulator
-from common.env import check_env_args
-from common.evaluate import evaluate, training_ids
-from common.vec_env import make_envs
+from common.model.critic import state_features
+from common.run import logs, runs
+from common.run.evaluate import evaluate, training_ids
+from common.simulation.env import check_env_args
+from common.simulation.vec_env import make_envs
+from scripts.doctor import check_simulator
 
 
 # --- args ---
@@ -52,7 +52,7 @@ class Args:
     track: bool = False  # log to Weights & Biases too
     dry_run: bool = False  # print the plan with a memory estimate, and leave
     # environment
-    task: str = "main"  # a row of common/tasks.py; evaluation during training is on the same task
+    task: str = "main"  # a row of common/simulation/tasks.py; evaluation during training is on the same task
     split: Literal["train", "test"] = "train"  # its configurations
     episode_ids: tuple[int, ...] = ()  # train and evaluate on these alone: a check of the algorithm; empty = all [D]
     assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
@@ -315,7 +315,10 @@ def main(args: Args):
     rendering = args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
     check_env_args(args.task, args.split, args.assets, *rendering)
     check_simulator(args.sim_device)
-    from common.vla import load_vla, save_vla  # 4 s that bad input and the simulator's processes need not wait for
+    from common.model.openvla import (  # 4 s that bad input and the simulator's processes need not wait for
+        load_vla,
+        save_vla,
+    )
 
     device = runs.setup_ranks(args.device, args.dtype)
     rank, world_size = runs.rank_and_world_size()

@@ -1,6 +1,6 @@
 """Supervised fine-tuning (behaviour cloning) of a vision-language-action model, after Liu, Gao et al. 2025.
 
-    python -m common.demos --num-demos 1000 --output demos/main    # expert demonstrations
+    python -m common.simulation.demos --num-demos 1000 --output demos/main    # expert demonstrations
     python sft_vla.py --demos demos/main                           # small model, embedded assets, any CPU
     python sft_vla.py --preset warmup --demos demos/bridge-single  # OpenVLA-7B, the start of PPO
     python sft_vla.py --preset baseline --demos demos/bridge-main --adapter runs/WARMUP/checkpoint-000020  # its rival
@@ -27,12 +27,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import logs, runs
-from common.demos import action_statistics, load_demos, read_header
-from common.doctor import check_simulator
-from common.env import check_env_args
-from common.evaluate import evaluate
-from common.vec_env import make_envs
+from common.run import logs, runs
+from common.run.evaluate import evaluate
+from common.simulation.demos import action_statistics, load_demos, read_header
+from common.simulation.env import check_env_args
+from common.simulation.vec_env import make_envs
+from scripts.doctor import check_simulator
 
 
 # --- args ---
@@ -49,7 +49,7 @@ class Args:
     torch_threads: int = 2  # CPU threads of the model, over the ranks of a machine
     track: bool = False  # log to Weights & Biases too
     # environment: only for evaluations
-    task: str = "main"  # a row of common/tasks.py
+    task: str = "main"  # a row of common/simulation/tasks.py
     split: Literal["train", "test"] = "train"  # its configurations
     assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
     num_envs: int = 32  # over all ranks
@@ -77,7 +77,7 @@ class Args:
     num_videos: int = 2  # per evaluation
     checkpoint_every: int = 5  # iterations; an interruption loses at most so many
     # algorithm
-    demos: tuple[str, ...] = ("demos/main",)  # directories of common/demos.py, mixed by their sizes
+    demos: tuple[str, ...] = ("demos/main",)  # directories of common/simulation/demos.py, mixed by their sizes
     num_demos: int = 0  # the first so many of each directory; 0 = all
     val_demos: int = 20  # episodes kept for validation, the last ones of each directory; [P] 16
     drop_idle: Literal["none", "still", "published"] = "still"  # steps left out [M]; [P] published
@@ -251,7 +251,10 @@ def main(args: Args):
         rendering = args.image_size, args.sim_freq, args.solver_iterations, args.fidelity
         check_env_args(args.task, args.split, args.assets, *rendering)
         check_simulator(args.sim_device)
-    from common.vla import load_vla, save_vla  # 4 s that bad input and the simulator's processes need not wait for
+    from common.model.openvla import (  # 4 s that bad input and the simulator's processes need not wait for
+        load_vla,
+        save_vla,
+    )
 
     device = runs.setup_ranks(args.device, args.dtype)
     rank, world_size = runs.rank_and_world_size()

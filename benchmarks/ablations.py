@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.runs import write_atomic  # noqa: E402
+from common.run.runs import write_atomic  # noqa: E402
 
 SETTINGS = {
     "default": "",

@@ -14,10 +14,10 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.evaluate import evaluation_ids, run_episodes, sampling_policy  # noqa: E402
-from common.runs import choose_key  # noqa: E402
-from common.vec_env import make_envs  # noqa: E402
-from common.vla import load_vla  # noqa: E402
+from common.model.openvla import load_vla  # noqa: E402
+from common.run.evaluate import evaluation_ids, run_episodes, sampling_policy  # noqa: E402
+from common.run.runs import choose_key  # noqa: E402
+from common.simulation.vec_env import make_envs  # noqa: E402
 
 
 @dataclass

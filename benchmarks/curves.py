@@ -15,7 +15,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.evaluate import wilson
+from common.run.evaluate import wilson
 
 
 def read(run, key):

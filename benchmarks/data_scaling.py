@@ -17,7 +17,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.report import COLOURS, DIMENSIONS, dimension_means
+from common.run.report import COLOURS, DIMENSIONS, dimension_means
 
 
 def main(sets: tyro.conf.Positional[tuple[str, ...]], output: str = "docs/images/data_scaling.png"):

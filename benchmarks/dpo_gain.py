@@ -24,7 +24,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dpo_vla  # noqa: E402
-from common import pairs  # noqa: E402
+from common.run import pairs  # noqa: E402
 
 
 @dataclass
@@ -47,7 +47,7 @@ def load_pairs(path, model):
 
 
 def main(args: Args):
-    from common.vla import load_vla
+    from common.model.openvla import load_vla
 
     used = [json.loads((Path(run) / "args.json").read_text()) for run in args.runs]
     for key in ("model", "temperature"):

@@ -1,4 +1,4 @@
-"""Environment steps per second and memory on CPU: `common.vec_env.make_envs` beside ManiSkill's own way, in one run.
+"""Environment steps per second and memory on CPU: `common.simulation.vec_env.make_envs` beside ManiSkill's own way, in one run.
 
 ManiSkill's way is what its CPU baselines do: gymnasium's AsyncVectorEnv, one process per environment, each a gym.make
 of the same id with the same arguments, in CPUGymWrapper: once as it comes, once with one thread per process for torch
@@ -28,7 +28,7 @@ import gymnasium as gym  # noqa: E402
 import numpy as np  # noqa: E402
 import tyro  # noqa: E402
 
-from common.vec_env import make_envs  # noqa: E402
+from common.simulation.vec_env import make_envs  # noqa: E402
 
 
 @dataclass
@@ -63,7 +63,7 @@ def maniskill_env(episode_id, one_thread, env_kwargs):
     import torch
     from mani_skill.utils.wrappers import CPUGymWrapper
 
-    from common.env import ENV_ID
+    from common.simulation.env import ENV_ID
 
     if one_thread:
         torch.set_num_threads(1)

@@ -16,11 +16,11 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.checkpoints import locate
-from common.tiny import pretrain
-from common.vision import ConvStem
+from common.model.checkpoints import locate
+from common.model.vision import ConvStem
+from tiny import pretrain
 
-# changes of common/tiny/config.json; "half" sees every 2 x 2 pixels as one, with the same 35 tokens
+# changes of tiny/config.json; "half" sees every 2 x 2 pixels as one, with the same 35 tokens
 VARIANTS = {
     "shipped": {},
     "narrow": {"stem": [[48, 4, 4], [96, 3, 2], [96, 3, 2]], "stem_blocks": [4, 192, 3]},
@@ -34,7 +34,7 @@ VARIANTS = {
 
 @dataclass
 class Args:
-    demos: str = "demos/pointing"  # directory of common/tiny/pointing.py
+    demos: str = "demos/pointing"  # directory of tiny/pointing.py
     variants: tuple[str, ...] = tuple(VARIANTS)
     seconds: float = 120  # of processor time per variant, half a cosine of the learning rate
     batch_size: int = 32

@@ -12,9 +12,9 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.evaluate import evaluation_ids
-from common.tasks import REPORT_ROWS, get_task
-from common.vec_env import make_envs
+from common.run.evaluate import evaluation_ids
+from common.simulation.tasks import REPORT_ROWS, get_task
+from common.simulation.vec_env import make_envs
 
 COLUMNS, CAPTION = 4, 44  # tiles per row; pixels under a tile
 

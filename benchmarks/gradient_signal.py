@@ -21,9 +21,9 @@ import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.critic import state_features
-from common.evaluate import training_ids
-from common.vec_env import make_envs
+from common.model.critic import state_features
+from common.run.evaluate import training_ids
+from common.simulation.vec_env import make_envs
 from eval_ood import fingerprint
 from ppo_vla import gae
 
@@ -116,7 +116,7 @@ def mean_cosine(first, second):
 
 
 def main(args: Args):
-    from common.vla import load_vla
+    from common.model.openvla import load_vla
 
     if args.num_episodes % args.num_envs or args.num_episodes % 4 or args.num_chunks < 2:
         raise ValueError(

@@ -14,11 +14,11 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.assets import load_pack
-from common.evaluate import evaluation_ids, run_episodes, sampling_policy, wilson
-from common.runs import choose_key
-from common.tasks import decode, instruction
-from common.vec_env import make_envs
+from common.run.evaluate import evaluation_ids, run_episodes, sampling_policy, wilson
+from common.run.runs import choose_key
+from common.simulation.assets import load_pack
+from common.simulation.tasks import decode, instruction
+from common.simulation.vec_env import make_envs
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Args:
 
 
 def main(args: Args):
-    from common.vla import load_vla
+    from common.model.openvla import load_vla
 
     torch.set_num_threads(2)
     model = load_vla(args.checkpoint, value_head=False, trainable=False)

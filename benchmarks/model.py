@@ -22,8 +22,8 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
-from common import checkpoints  # noqa: E402
-from common.vla import VLA, Backbone, load_vla  # noqa: E402
+from common.model import checkpoints  # noqa: E402
+from common.model.openvla import VLA, Backbone, load_vla  # noqa: E402
 
 
 @dataclass

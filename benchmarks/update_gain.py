@@ -46,7 +46,7 @@ def logprobs_of(model, data, rows, temperature):
 
 
 def main(args: Args):
-    from common.vla import load_vla
+    from common.model.openvla import load_vla
 
     if args.num_episodes % args.num_envs or args.num_episodes % 4:
         rule = f"must be a multiple of 4 and of num_envs = {args.num_envs}; use 1024 and 64"

@@ -15,7 +15,7 @@ def pytest_collection_modifyitems(config, items):
 
     skips = {}
     if "MS_ASSET_DIR" not in os.environ:
-        skips["bridge"] = "MS_ASSET_DIR is not set: the real benchmark assets (python -m common.assets fetch --dir DIR)"
+        skips["bridge"] = "MS_ASSET_DIR is not set: the real benchmark assets (python -m common.simulation.assets fetch --dir DIR)"
     if not torch.cuda.is_available():
         skips["gpu"] = "no CUDA device"
     elif config.getoption("markexpr") != "gpu":

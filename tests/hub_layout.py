@@ -107,7 +107,7 @@ def write_reference_adapter(directory) -> Path:
 
 def write_small_hub_checkpoint(directory, image_size: int = 224, seed: int = 0) -> Path:
     """A small random model in the published layout, 2.2 M parameters, most of them rows of the vocabulary."""
-    from common.vla import Backbone
+    from common.model.openvla import Backbone
 
     config, _ = reference_tensors()
     config["image_sizes"] = [image_size, image_size]

@@ -4,7 +4,7 @@ import functools
 import tempfile
 from pathlib import Path
 
-from common.demos import Args, record
+from common.simulation.demos import Args, record
 
 _directory = tempfile.TemporaryDirectory(prefix="cleanvla-demos-")
 ARGS = dict(num_demos=10, num_envs=5, num_workers=1, max_episode_steps=32)

@@ -14,8 +14,8 @@ from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import Wid
 from mani_skill.utils.structs.types import SimConfig
 from sapien import physx
 
-from common import assets
-from common.assets import load_pack
+from common.simulation import assets
+from common.simulation.assets import load_pack
 
 needs_bridge = pytest.mark.bridge  # skipped with a reason where MS_ASSET_DIR is not set
 packs = pytest.mark.parametrize("name", ["primitive", pytest.param("bridge", marks=needs_bridge)])
@@ -268,13 +268,13 @@ def test_errors_name_value_rule_and_fix(monkeypatch, tmp_path):
     monkeypatch.setenv("MS_ASSET_DIR", str(tmp_path))
     with pytest.raises(FileNotFoundError) as error:
         load_pack("bridge")
-    for words in (str(tmp_path / "data/robots/widowx/wx250s.urdf"), "MS_ASSET_DIR", "common.assets fetch --dir"):
+    for words in (str(tmp_path / "data/robots/widowx/wx250s.urdf"), "MS_ASSET_DIR", "common.simulation.assets fetch --dir"):
         assert words in str(error.value)
 
 
 def test_fetch_asks_for_a_folder():
     """Stops a download into the current folder by accident, and a broken command line."""
-    run = [sys.executable, "-m", "common.assets"]
+    run = [sys.executable, "-m", "common.simulation.assets"]
     for arguments, code, words in ((["fetch"], 2, "--dir"), (["fetch", "--help"], 0, "MS_ASSET_DIR"), ([], 2, "fetch")):
         result = subprocess.run([*run, *arguments], capture_output=True, text=True)
         assert result.returncode == code and words in result.stdout + result.stderr

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import checkpoints
-from common.vla import load_vla, save_vla
+from common.model import checkpoints
+from common.model.openvla import load_vla, save_vla
 
 INSTRUCTIONS = ["put carrot on plate", "put banana on cloth"]
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 120, 160, 3), dtype=np.uint8)
@@ -21,7 +21,7 @@ TOKENS = torch.arange(14).reshape(2, 7)
 
 FRESH = """
 import json, sys, numpy as np, torch
-from common.vla import load_vla
+from common.model.openvla import load_vla
 torch.set_num_threads(1)
 model = load_vla(sys.argv[1])
 pictures = np.random.default_rng(0).integers(0, 256, (2, 120, 160, 3), dtype=np.uint8)

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 import ppo_vla
-from common.critic import NUM_FEATURES, StateCritic, state_features
-from common.vec_env import make_envs
+from common.model.critic import NUM_FEATURES, StateCritic, state_features
+from common.simulation.vec_env import make_envs
 
 
 def test_features_of_the_real_simulator():

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from recorded_demos import ARGS, recorded_demos
 
-from common.demos import Args, action_statistics, load_demos, moving_steps, record
-from common.evaluate import evaluation_ids, held_out
-from common.expert import STEP_M, STEP_RAD, Expert, grasp, quantise
-from common.vec_env import make_envs
-from common.vla import load_vla
+from common.model.openvla import load_vla
+from common.run.evaluate import evaluation_ids, held_out
+from common.simulation.demos import Args, action_statistics, load_demos, moving_steps, record
+from common.simulation.expert import STEP_M, STEP_RAD, Expert, grasp, quantise
+from common.simulation.vec_env import make_envs
 
 
 # --- expert ---
@@ -272,7 +272,7 @@ def test_bad_files_are_named(what, tmp_path):
 
 def test_missing_or_too_few_demos_are_named(tmp_path):
     """Stops silent use of fewer demonstrations than asked for."""
-    with pytest.raises(FileNotFoundError, match="make it with: python -m common.demos"):
+    with pytest.raises(FileNotFoundError, match="make it with: python -m common.simulation.demos"):
         load_demos(tmp_path)
     with pytest.raises(ValueError, match="num_demos = 11, but .* holds 10"):
         load_demos(recorded_demos(), num_demos=11)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from common import doctor
+from scripts import doctor
 
 
 @pytest.fixture(autouse=True)

@@ -15,11 +15,11 @@ import torch
 from hub_layout import write_small_hub_checkpoint
 from safetensors.torch import load_file
 
-import common.vla
+import common.model.openvla
 import dpo_vla
-from common import pairs, runs
-from common.vec_env import make_envs
-from common.vla import load_vla, save_vla
+from common.model.openvla import load_vla, save_vla
+from common.run import pairs, runs
+from common.simulation.vec_env import make_envs
 from dpo_vla import Args, all_logprobs, dpo_loss, make_pairs, score, trajectory_scores, update
 
 ROOT = Path(__file__).parent.parent
@@ -296,7 +296,7 @@ def test_video_shows_chosen_left_and_rejected_right(tmp_path):
     images[2], images[3] = 230, 60  # the second pair: light chosen, dark rejected
     pairs.save_pairs(tmp_path / "000001.npz", data | pairs.encode_frames([list(row) for row in images], 3))
     run = subprocess.run(
-        [sys.executable, "-m", "common.pairs", "--path", str(tmp_path / "000001.npz"), "--pair", "1"],
+        [sys.executable, "-m", "common.run.pairs", "--path", str(tmp_path / "000001.npz"), "--pair", "1"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     video = Path(run.stdout.strip())
@@ -482,7 +482,7 @@ def test_lora_needs_no_second_model(train, monkeypatch):
         calls.append(load_vla(*args, **kwargs))
         return calls[-1]
 
-    monkeypatch.setattr(common.vla, "load_vla", counted)
+    monkeypatch.setattr(common.model.openvla, "load_vla", counted)
     run_dir = train("lora", num_iterations=2, lora_rank=2)
     monkeypatch.undo()
     assert len(calls) == 1 and calls[0].critic is None and calls[0].value_head is None

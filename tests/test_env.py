@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.env import CAMERA, PutOnReceptacleEnv, make_env
-from common.expert import Expert
-from common.vec_env import decode_gripper, make_envs
+from common.simulation.env import CAMERA, PutOnReceptacleEnv, make_env
+from common.simulation.expert import Expert
+from common.simulation.vec_env import decode_gripper, make_envs
 
 BRIDGE = pytest.param(
     "bridge",

@@ -11,14 +11,14 @@ import pytest
 import torch
 from hub_layout import write_reference_checkpoint
 
-import common.evaluate
+import common.run.evaluate
 import eval_ood
-from common.assets import load_pack
-from common.evaluate import evaluation_ids, training_ids
-from common.runs import save_checkpoint
-from common.tasks import REPORT_ROWS, decode
-from common.vec_env import make_envs
-from common.vla import VLA, load_vla, save_vla
+from common.model.openvla import VLA, load_vla, save_vla
+from common.run.evaluate import evaluation_ids, training_ids
+from common.run.runs import save_checkpoint
+from common.simulation.assets import load_pack
+from common.simulation.tasks import REPORT_ROWS, decode
+from common.simulation.vec_env import make_envs
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,10 +54,10 @@ def test_uniform_draws_would_meet_evaluation_episodes():
 def test_a_run_s_own_evaluations_are_not_those_of_the_report(monkeypatch):
     """Stops the best checkpoint from being judged on the very episodes that picked it, whatever task it trains on."""
     lists, envs = [], types.SimpleNamespace(fidelity="fixed")
-    monkeypatch.setattr(common.evaluate, "run_episodes", lambda policy, envs, ids, record: lists.append(ids) or 1 / 0)
+    monkeypatch.setattr(common.run.evaluate, "run_episodes", lambda policy, envs, ids, record: lists.append(ids) or 1 / 0)
     for task, split in {row[2:4] for row in REPORT_ROWS} | {("main", "train")}:
         with pytest.raises(ZeroDivisionError):
-            common.evaluate.evaluate(None, envs, task, split, 64, 0.6, "")
+            common.run.evaluate.evaluate(None, envs, task, split, 64, 0.6, "")
         same = set(lists[-1].tolist()) & set(evaluation_ids(task, split, 64).tolist())
         assert len(same) == 64 if task == "main" else len(same) <= 20, "main is no row of the report"
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 import eval_ood
 import grpo_vla
 import ppo_vla
-from common import runs
-from common.vec_env import make_envs
-from common.vla import load_vla, save_vla
+from common.model.openvla import load_vla, save_vla
+from common.run import runs
+from common.simulation.vec_env import make_envs
 from grpo_vla import Args, group_advantages, kl_to_reference, policy_loss, sample_weights, update
 
 ROOT = Path(__file__).parent.parent

@@ -6,9 +6,9 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 import pytest
 
-from common.demos import load_demos
-from common.evaluate import held_out
-from common.tiny.pointing import Args, answer, noise_table, places, record, with_fillers
+from common.run.evaluate import held_out
+from common.simulation.demos import load_demos
+from tiny.pointing import Args, answer, noise_table, places, record, with_fillers
 
 ARGS = dict(poses_per_scene=8, num_workers=1)
 

@@ -17,9 +17,9 @@ from hub_layout import write_small_hub_checkpoint
 from safetensors.torch import load_file
 
 import ppo_vla
-from common import checkpoints, runs
-from common.vec_env import make_envs
-from common.vla import VLA, load_vla
+from common.model import checkpoints, runs
+from common.model.openvla import VLA, load_vla
+from common.simulation.vec_env import make_envs
 from ppo_vla import Args, gae, normalize, policy_loss, update, value_loss
 
 ROOT = Path(__file__).parent.parent

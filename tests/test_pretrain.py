@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.assets import load_pack
-from common.tiny import pointing, pretrain
-from common.vla import load_vla
+from common.model.openvla import load_vla
+from common.simulation.assets import load_pack
+from tiny import pointing, pretrain
 
 
 @pytest.fixture(scope="module")

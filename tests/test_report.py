@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from common import report
-from common.evaluate import wilson
-from common.tasks import REPORT_ROWS
+from common.run import report
+from common.run.evaluate import wilson
+from common.simulation.tasks import REPORT_ROWS
 
 
 def row(name, success, ids=None, assets="bridge"):

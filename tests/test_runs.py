@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import evaluate, logs, runs
+from common.run import evaluate, logs, runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -183,7 +183,7 @@ def test_kill_in_the_middle_of_a_write_keeps_the_previous_checkpoint(tmp_path):
     code = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-from common import runs
+from common.run import runs
 def write(directory):
     directory.mkdir()
     (directory / "model.safetensors").write_bytes(b"half")

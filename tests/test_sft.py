@@ -10,8 +10,8 @@ import torch
 from recorded_demos import recorded_demos
 
 import sft_vla
-from common.demos import load_demos
-from common.vla import load_vla
+from common.model.openvla import load_vla
+from common.simulation.demos import load_demos
 from sft_vla import PRESETS, Args, augment, check_args, cross_entropy, load_data, main, minibatch, update, validate
 
 KEYS = ("cross_entropy", "token_accuracy", "gripper_accuracy", "l1_xyz_mm", "l1_rotation_mrad")

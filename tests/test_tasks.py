@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from common import tasks
-from common.tasks import TASKS, Task, composite, decode, get_task, instruction, num_configurations, position_set
+from common.simulation import tasks
+from common.simulation.tasks import (
+    TASKS,
+    Task,
+    composite,
+    decode,
+    get_task,
+    instruction,
+    num_configurations,
+    position_set,
+)
 
 # Written again by hand: per split (first object, number of objects), extra, plate, table, number of positions and yaws.
 ONE, TWO_TO = (0, 1), (1, 16)

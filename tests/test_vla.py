@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checkpoints
-from common.vla import Backbone, load_vla
+from common.model import checkpoints
+from common.model.openvla import Backbone, load_vla
 
 KEY = "bridge_orig"
 INSTRUCTIONS = ["put carrot on plate", "Take the banana and put it on the plate", "put 7up can on cutting board"]
@@ -221,7 +221,7 @@ def other_rope_theta(model, patch):
 
 
 def prompt_without_final_space(model, patch):
-    patch.setattr("common.vla.PROMPT", "In: What action should the robot take to {}?\nOut:")
+    patch.setattr("common.model.openvla.PROMPT", "In: What action should the robot take to {}?\nOut:")
 
 
 def case_kept(model, patch):
@@ -375,7 +375,7 @@ def test_padding_changes_nothing(tiny, checkpoint):
 
 def test_tiny_vocabulary_knows_the_benchmark(tiny):
     """Two objects with the same <unk> name, which no policy could tell apart."""
-    from common import assets, tasks
+    from common.simulation import assets, tasks
 
     pack = assets.load_pack("primitive")
     for template in range(21):

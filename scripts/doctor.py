@@ -1,4 +1,4 @@
-"""What this machine can do, in seconds, with a fix for whatever is missing: `python -m common.doctor`."""
+"""What this machine can do, in seconds, with a fix for whatever is missing: `python -m scripts.doctor`."""
 
 import os
 import re
@@ -71,7 +71,7 @@ def renderer_backend() -> str:
 def _torch() -> str:
     import torch
 
-    from common.runs import bfloat16_speed
+    from common.run.runs import bfloat16_speed
 
     device = f"cuda: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"
     speed = f"bfloat16 at {bfloat16_speed():.2g} of float32's speed in matmuls on the CPU"
@@ -87,7 +87,7 @@ def _simulator() -> str:
 
 
 def _pack(name: str) -> str:
-    from common.assets import load_pack
+    from common.simulation.assets import load_pack
 
     return f"{len(load_pack(name).objects)} objects, robot {load_pack(name).robot_urdf}"
 

@@ -2,7 +2,7 @@
 
 Words: the benchmark's 21 instruction templates, the object and receptacle names of both asset packs, digits, colours,
 simple shapes, punctuation; any other word becomes <unk>. The prompt's two constant pieces are one token each: the same
-text as at full size, but only as long as the instruction. Run: python -m common.tiny.make
+text as at full size, but only as long as the instruction. Run: python -m tiny.make
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from common.vla import PROMPT
+from common.model.openvla import PROMPT
 
 WORDS = """
 a an the it s this that is so be should can could would you please and then to on onto over of in into from at for

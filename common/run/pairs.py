@@ -9,8 +9,8 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from common.demos import encode_image
-from common.evaluate import write_video
+from common.run.evaluate import write_video
+from common.simulation.demos import encode_image
 
 
 def encode_frames(trajectories, num_steps):

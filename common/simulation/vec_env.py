@@ -13,7 +13,7 @@ from multiprocessing.connection import wait
 
 import numpy as np
 
-from common.env import check_env_args
+from common.simulation.env import check_env_args
 
 # One row per value an environment reports: name, dtype. Together with `images` this is the whole shared memory.
 SCALARS = (
@@ -47,7 +47,7 @@ def make_envs(
     """Environments with `reset`, `step`, `privileged_state`, `set_task`, `close`; see `CpuEnvs` for shapes.
 
     Args:
-        task, split: a row of `common/tasks.py`; assets: "primitive" or "bridge" (`common/assets.py`).
+        task, split: a row of `common/simulation/tasks.py`; assets: "primitive" or "bridge" (`common/simulation/assets.py`).
         image_size: (W, H) pixels, 4:3. sim_freq: Hz. solver_iterations: PhysX position iterations.
         max_episode_steps: control steps of 0.2 s until `dones`. fidelity: "fixed" or "published".
         num_workers: CPU processes; 0 = one per core. device: "cpu", or "cuda" for the batched GPU simulation.
@@ -198,7 +198,7 @@ def _worker(pipe, memory, rows, num_envs, env_kwargs):
 
     torch.set_num_threads(1)
     try:
-        from common.env import CAMERA, make_env
+        from common.simulation.env import CAMERA, make_env
 
         width, height = env_kwargs["image_size"]
         views = _views(memory, num_envs, height, width)
@@ -249,7 +249,7 @@ class GpuEnvs:
     def __init__(self, num_envs, max_episode_steps, env_kwargs):
         import torch
 
-        from common.env import make_env
+        from common.simulation.env import make_env
 
         self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
         self.image_size, self.fidelity = env_kwargs["image_size"], env_kwargs["fidelity"]
@@ -272,7 +272,7 @@ class GpuEnvs:
         return self._images(obs), rewards, infos["elapsed_steps"] >= self.max_episode_steps, infos
 
     def _images(self, obs):
-        from common.env import CAMERA
+        from common.simulation.env import CAMERA
 
         return obs["sensor_data"][CAMERA]["rgb"].cpu().numpy()
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.runs import gather_over_ranks, rank_and_world_size
-from common.tasks import REPORT_ROWS, num_configurations, scene_numbers
+from common.run.runs import gather_over_ranks, rank_and_world_size
+from common.simulation.tasks import REPORT_ROWS, num_configurations, scene_numbers
 
 HELD_OUT = 64  # one configuration of 64 is for evaluation only
 

@@ -1,4 +1,4 @@
-"""A closed-loop expert: privileged poses in, the policy's own actions out. Made for `common/demos.py`.
+"""A closed-loop expert: privileged poses in, the policy's own actions out. Made for `common/simulation/demos.py`.
 
 It is a feedback law, not a planner: every step it looks at the measured poses, so it follows rolling or teleported
 objects and recovers from drops. Each axis moves by one of few speeds, so the action tokens of its demonstrations have
@@ -9,7 +9,7 @@ Units: metres, radians; poses are xyz + wxyz quaternion in the world; N environm
 
 import numpy as np
 
-from common.robot import quat_to_matrix
+from common.simulation.robot import quat_to_matrix
 
 STEP_M = (0.005, 0.01, 0.02, 0.04)  # speeds per axis and control step; the residual is at most half the smallest
 STEP_RAD = (0.05, 0.1, 0.2, 0.4)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from common.runs import write_atomic
+from common.run.runs import write_atomic
 
 
 class Logger:
@@ -132,8 +132,8 @@ def plan(settings, default, model_name):
 
     settings, default: dicts of Args. The model is built on the meta device: nothing is loaded or downloaded.
     """
-    from common import checkpoints
-    from common.vla import Backbone
+    from common.model import checkpoints
+    from common.model.openvla import Backbone
 
     s, local = argparse.Namespace(**settings), model_name == "tiny" or Path(model_name).is_dir()
     if not local:

@@ -26,10 +26,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from common import checkpoints
-from common.checkpoints import save_vla
-from common.critic import StateCritic
-from common.vision import MLP, ConvStem, TwinTowers
+from common.model import checkpoints
+from common.model.checkpoints import save_vla
+from common.model.critic import StateCritic
+from common.model.vision import MLP, ConvStem, TwinTowers
 
 __all__ = ["VLA", "Backbone", "load_vla", "save_vla"]
 

@@ -1,8 +1,8 @@
 """Pre-training of the small model on pointing scenes: its eyes by segmentation, then all of it by pointing.
 
-    python -m common.tiny.pointing --num-scenes 8000 --output demos/pointing
-    python -m common.tiny.pointing --num-scenes 6000 --task multi_carrot --seed 1 --output demos/pointing-two
-    torchrun --nproc-per-node 2 -m common.tiny.pretrain --output runs/tiny-pretrained
+    python -m tiny.pointing --num-scenes 8000 --output demos/pointing
+    python -m tiny.pointing --num-scenes 6000 --task multi_carrot --seed 1 --output demos/pointing-two
+    torchrun --nproc-per-node 2 -m tiny.pretrain --output runs/tiny-pretrained
 
 OpenVLA starts from vision towers and a language model that have seen the web; the small model gets from the simulator,
 in minutes, what it needs of that: which pixel shows what, where things are and how they lie, which of two objects is
@@ -29,16 +29,16 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image
 
-from common import runs
-from common.assets import load_pack
-from common.demos import action_statistics
-from common.env import CAMERA
-from common.tiny.pointing import FINGERS, OBJECTS, RECEPTACLE, answer
+from common.run import runs
+from common.simulation.assets import load_pack
+from common.simulation.demos import action_statistics
+from common.simulation.env import CAMERA
+from tiny.pointing import FINGERS, OBJECTS, RECEPTACLE, answer
 
 
 @dataclass
 class Args:
-    demos: tuple[str, ...] = ("demos/pointing", "demos/pointing-two")  # directories of common/tiny/pointing.py
+    demos: tuple[str, ...] = ("demos/pointing", "demos/pointing-two")  # directories of tiny/pointing.py
     output: str = "runs/tiny-pretrained"  # model directory, a start for sft_vla.py
     model: str = "tiny"  # a directory, or tiny (random weights)
     eyes_updates: int = 5000  # optimizer steps of the eyes alone; 0 = the model's are good
@@ -68,7 +68,7 @@ def check_args(args):
         raise FileExistsError(f"{args.output} holds a model, which is never overwritten; use another --output")
     for path in args.demos:
         if not (Path(path) / "trajectory.h5").is_file():
-            fix = f"make it with: python -m common.tiny.pointing --output {path}"
+            fix = f"make it with: python -m tiny.pointing --output {path}"
             raise FileNotFoundError(f"{path}/trajectory.h5 is missing; {fix}")
 
 
@@ -79,7 +79,7 @@ def load(path, stem, run=map):
     with h5py.File(f"{path}/trajectory.h5") as file:
         if not {"classes", "places"} <= file["traj_0"].keys() or "object" not in file["traj_0"].attrs:
             text = "has no pixel classes, places or object"
-            raise ValueError(f"{path} {text}; record it again with this version of common/tiny/pointing.py")
+            raise ValueError(f"{path} {text}; record it again with this version of tiny/pointing.py")
         parts = [range(start, min(start + 250, len(file))) for start in range(0, len(file), 250)]
     arrays = zip(*run(functools.partial(load_scenes, path, stem), parts), strict=True)
     images, classes, shown, places, texts, scenes = map(np.concatenate, arrays)
@@ -187,7 +187,7 @@ def errors(model, key, images, texts, answers):
 
 def main(args: Args):
     check_args(args)
-    from common.vla import load_vla, save_vla
+    from common.model.openvla import load_vla, save_vla
 
     device = runs.setup_ranks(args.device, args.dtype)
     rank, world_size = runs.rank_and_world_size()

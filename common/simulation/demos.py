@@ -1,6 +1,6 @@
 """Demonstrations of the closed-loop expert as ManiSkill trajectory files with compressed images, and their reader.
 
-    python -m common.demos --num-demos 100 --task main --output demos/main    # makes trajectory.h5 and trajectory.json
+    python -m common.simulation.demos --num-demos 100 --task main --output demos/main    # makes trajectory.h5 and trajectory.json
 
 Details and measurements: docs/demos.md. N environments, T steps of one episode, B steps of all.
 """
@@ -21,11 +21,11 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from common.env import CAMERA, ENV_ID, check_env_args
-from common.evaluate import training_ids
-from common.expert import Expert
-from common.tasks import num_configurations
-from common.vec_env import make_envs
+from common.run.evaluate import training_ids
+from common.simulation.env import CAMERA, ENV_ID, check_env_args
+from common.simulation.expert import Expert
+from common.simulation.tasks import num_configurations
+from common.simulation.vec_env import make_envs
 
 # --- recording ---
 CONTROL_MODE = "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos"
@@ -36,7 +36,7 @@ ENV_KEYS = ("task", "split", "assets", "image_size", "sim_freq", "solver_iterati
 class Args:
     output: str = "demos/main"  # directory of trajectory.h5 and .json; an unfinished or smaller set there is continued
     num_demos: int = 100  # successful episodes to store
-    task: str = "main"  # a row of common/tasks.py
+    task: str = "main"  # a row of common/simulation/tasks.py
     split: Literal["train", "test"] = "train"  # its configurations; those kept for evaluation are never drawn
     seed: int = 0  # of the episode ids and the action noise
     assets: Literal["primitive", "bridge"] = "primitive"  # embedded bodies, or the real ones under MS_ASSET_DIR
@@ -215,7 +215,7 @@ def _merge(final, part_paths, settings):
     header = {
         "env_info": {"env_id": ENV_ID, "env_kwargs": env_kwargs, "max_episode_steps": settings["max_episode_steps"]},
         "source_type": "motionplanning",
-        "source_desc": "closed-loop expert of CleanVLA's common/demos.py",
+        "source_desc": "closed-loop expert of CleanVLA's common/simulation/demos.py",
         "settings": settings,
         "counts": counts,
         "statistics": {"action": action_statistics(np.concatenate(actions))},
@@ -309,7 +309,7 @@ def read_header(path):
     path = Path(path) if str(path).endswith(".h5") else Path(path) / "trajectory.h5"
     for each in (path, json_path := path.with_suffix(".json")):
         if not each.exists():
-            raise FileNotFoundError(f"{each} is missing; make it with: python -m common.demos --output {path.parent}")
+            raise FileNotFoundError(f"{each} is missing; make it with: python -m common.simulation.demos --output {path.parent}")
     try:
         header = json.loads(json_path.read_text())
         header["settings"], header["episodes"], *(header["statistics"]["action"][k] for k in ("q01", "q99", "mask"))

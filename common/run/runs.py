@@ -115,7 +115,7 @@ def choose_key(norm_stats, unnorm_key, assets=""):
 
 def find_key(model, adapter, unnorm_key, assets):
     """`choose_key` of a model that is not loaded yet: reads its configuration only."""
-    from common.checkpoints import locate  # slow to import
+    from common.model.checkpoints import locate  # slow to import
 
     return choose_key(locate(str(model), adapter).config["norm_stats"], unnorm_key, assets)
 

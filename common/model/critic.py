@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.tasks import OBJECTS
+from common.simulation.tasks import OBJECTS
 
 NUM_OBJECTS = max(split.stop for split in OBJECTS)
 NUM_FEATURES = 23 + 4 + 4 + 3 + 1 + NUM_OBJECTS

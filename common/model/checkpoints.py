@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-TINY = Path(__file__).parent / "tiny"
+TINY = Path(__file__).parents[2] / "tiny"
 INDEX, SINGLE, VALUE = "model.safetensors.index.json", "model.safetensors", "value_head.safetensors"
 ADAPTER_CONFIG, ADAPTER, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."  # PEFT's
 LLM_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head"

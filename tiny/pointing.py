@@ -1,6 +1,6 @@
 """Pointing scenes: where are object and receptacle, seen from the gripper? What the small model is pre-trained on.
 
-    python -m common.tiny.pointing --num-scenes 8000 --output demos/pointing
+    python -m tiny.pointing --num-scenes 8000 --output demos/pointing
 
 OpenVLA starts from a vision-language model that knows where things are; the small model learns it here, without one
 robot action. In a scene of the training configurations the arm takes `poses_per_scene` random poses, in a quarter of
@@ -9,8 +9,8 @@ them with the object in hand, and the answer is seven numbers, scored by the sam
     horizontal axis and its elongation m = 1 - short / long side; all in base axes
 An angle would jump between +-90 degrees, and mean nothing for round objects; these two numbers do neither.
 A share of the scenes is varied: coloured noise as the table, tinted light, filler words around the instruction.
-Stored like demonstrations (common/demos.py), one episode per scene, with the class of every second pixel and the places
-that the answers come from: what common/tiny/pretrain.py trains on; there is nothing to replay.
+Stored like demonstrations (common/simulation/demos.py), one episode per scene, with the class of every second pixel and the places
+that the answers come from: what tiny/pretrain.py trains on; there is nothing to replay.
 """
 
 import json
@@ -30,10 +30,10 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from common.demos import action_statistics, encode_image, write_episode
-from common.env import CAMERA, check_env_args
-from common.evaluate import training_ids
-from common.robot import quat_to_matrix
+from common.run.evaluate import training_ids
+from common.simulation.demos import action_statistics, encode_image, write_episode
+from common.simulation.env import CAMERA, check_env_args
+from common.simulation.robot import quat_to_matrix
 
 LOW, HIGH = (-0.33, -0.18, 0.885), (-0.05, 0.22, 1.05)  # metres, world: where the TCP can be in view
 FINGERS_M = (0.015, 0.026, 0.037)  # closed, around an object at most, open
@@ -48,7 +48,7 @@ class Args:
     num_scenes: int = 8000
     poses_per_scene: int = 8  # of the arm, one picture and answer each
     varied: float = 0.3  # share of the scenes with noise as the table, tinted light and filler words
-    task: str = "main"  # a row of common/tasks.py
+    task: str = "main"  # a row of common/simulation/tasks.py
     split: Literal["train", "test"] = "train"  # its configurations; those kept for evaluation are never drawn
     seed: int = 0
     sim_freq: int = 250  # physics Hz, while the objects settle
@@ -158,7 +158,7 @@ def scene(env, rng, episode_id, num_poses, varied, image_format):
 
 def _start(env_kwargs, *settings):
     global job
-    from common.env import make_env
+    from common.simulation.env import make_env
 
     torch.set_num_threads(1)
     env = make_env(**env_kwargs)
@@ -185,7 +185,7 @@ def record(args):
     ids = training_ids(args.task, args.split, args.num_scenes, np.random.default_rng(args.seed), args.fidelity)
     settings = env_kwargs | {k: v for k, v in asdict(args).items() if k not in ("output", "num_workers")}
     temporary, episodes, answers, start = final.with_suffix(".tmp"), [], [], time.time()
-    os.environ.setdefault("LP_NUM_THREADS", "0")  # software Vulkan: no threads of its own, see `common/vec_env.py`
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # software Vulkan: no threads of its own, see `common/simulation/vec_env.py`
     pool = ProcessPoolExecutor(
         args.num_workers or len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"), _start,
         (env_kwargs | {"shader_pack": args.shader_pack}, args.poses_per_scene, args.varied, args.image_format),

@@ -1,7 +1,7 @@
 """The benchmark scene as one ManiSkill environment: a WidowX-250S puts an object on a receptacle on a table.
 
 What differs between the tasks (objects, tables, placement, distractors, arm offsets, compositing, ...) is data in
-`common/tasks.py`; what differs between asset packs (meshes or primitive shapes) is data in `common/assets.py`.
+`common/simulation/tasks.py`; what differs between asset packs (meshes or primitive shapes) is data in `common/simulation/assets.py`.
 Scene, robot, controller, reset, success and reward follow the RL4VLA benchmark (Liu et al. 2025); the departures are
 * on CPU an episode is fixed by its episode id alone: the arm is reset before the objects settle, and the velocity
   test after the first 50 substeps of settling, which always fires, is gone;
@@ -21,9 +21,9 @@ from mani_skill.utils.registration import register_env
 from mani_skill.utils.structs import Pose
 from mani_skill.utils.structs.types import GPUMemoryConfig, SceneConfig, SimConfig
 
-from common.assets import load_pack
-from common.robot import INITIAL_QPOS, WidowX, quat_to_matrix
-from common.tasks import composite, decode, get_task, instruction, num_configurations
+from common.simulation.assets import load_pack
+from common.simulation.robot import INITIAL_QPOS, WidowX, quat_to_matrix
+from common.simulation.tasks import composite, decode, get_task, instruction, num_configurations
 
 ENV_ID = "CleanVLA-PutOnReceptacle-v1"
 CONTROL_FREQ = 5  # Hz; one control step = 0.2 s
@@ -56,7 +56,7 @@ def check_env_args(task, split, assets, image_size, sim_freq, solver_iterations,
 class PutOnReceptacleEnv(BaseEnv):
     """One episode = one id: `reset(options={"episode_ids": ids})`, ids (B,) int, modulo `num_configurations`.
 
-    Args: see `common/vec_env.py:make_envs`. Observation (ManiSkill layout, mode rgb+segmentation):
+    Args: see `common/simulation/vec_env.py:make_envs`. Observation (ManiSkill layout, mode rgb+segmentation):
     obs["sensor_data"]["3rd_view_camera"]["rgb"] (B, H, W, 3) uint8, composited over the task's table photo.
     Action (B, 7): xyz delta (m) and intrinsic-XYZ Euler delta (rad) of the target TCP pose in base axes, gripper
     1 = open, -1 = closed. Reward mode "dense": difference of the potential 0.1 grasped + 0.1 held + 1.0 success.

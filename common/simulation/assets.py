@@ -5,7 +5,7 @@
 - `bridge`: the files of the published benchmark, found under MS_ASSET_DIR/data as ManiSkill does.
 
 Both keep the benchmark's split: objects 0-15 train and 16-24 test, receptacle 0 train and 1-16 test, tables 0-15 train
-and 16-20 test. Fetch the published files with `python -m common.assets fetch --dir DIR`.
+and 16-20 test. Fetch the published files with `python -m common.simulation.assets fetch --dir DIR`.
 """
 
 import json
@@ -231,7 +231,7 @@ def _bridge_pack(root: Path) -> AssetPack:
             raise FileNotFoundError(
                 f"assets='bridge' needs {path}, which does not exist. MS_ASSET_DIR (now {root}) must be the folder "
                 "whose data/ holds robots/widowx, tasks/bridge_v2_real2sim_dataset and rl4vla/more_*. Run `python -m "
-                f"common.assets fetch --dir {root}` and set MS_ASSET_DIR={root}, or use assets='primitive'."
+                f"common.simulation.assets fetch --dir {root}` and set MS_ASSET_DIR={root}, or use assets='primitive'."
             )
         return path
 
@@ -321,4 +321,4 @@ def fetch(dir: Path):
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"fetch": fetch}, prog="python -m common.assets")
+    tyro.extras.subcommand_cli_from_dict({"fetch": fetch}, prog="python -m common.simulation.assets")

@@ -1,7 +1,7 @@
 """What an evaluation says: means per dimension, paired tests, `report.md` and `figure.png`.
 
 All of it is a function of `results.json` (fields: docs/eval_ood.md), so a report can be made again without a simulator:
-python -m common.report results/NAME
+python -m common.run.report results/NAME
 """
 
 import json
@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.evaluate import wilson
-from common.runs import write_atomic
+from common.run.evaluate import wilson
+from common.run.runs import write_atomic
 
 OOD = ("vision", "semantics", "execution")
 DIMENSIONS = {"id": "ID", "vision": "Vision", "semantics": "Semantics", "execution": "Execution", "ood": "all OOD"}
