@@ -2,13 +2,16 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo pretrained warmup test lint format doctor lock clean
+.PHONY: help setup demo pretrained warmup test test-long lint format doctor lock clean
 help:
-	@echo "make demo    train PPO for a few iterations in the real simulator; prints where the curve and the video are"
-	@echo "make test    ruff and the whole test suite (arguments for pytest: PYTEST_ARGS='-k gae')"
-	@echo "make doctor  what this machine can do, with a fix for what is missing"
-	@echo "make warmup, make pretrained: the shipped weights again, 12 minutes and (on a GPU) about 15"
+	@echo "make demo       trains PPO for a few iterations and says where curve and video are"
+	@echo "make test       ruff and the tests (arguments for pytest: PYTEST_ARGS='-k gae')"
+	@echo "make test-long  the same with the tests that take minutes each"
+	@echo "make doctor     says what this machine can do, with a fix for what is missing"
+	@echo "make warmup     makes checkpoints/tiny-warmup again, in about 12 minutes"
+	@echo "make pretrained makes checkpoints/tiny-pretrained again, on a GPU in about 15 minutes"
 	@echo "make setup | lint | format | lock | clean"
 
 setup:
@@ -19,15 +22,15 @@ demo: setup
 	$(PY) ppo_vla.py $(DEMO_ARGS)
 
 # publishes a trained model in bfloat16, as OpenVLA is: half the size
-SHIP = $(PY) -c "import sys, torch; from common.model.openvla import *; \
-	save_vla(load_vla(sys.argv[1], dtype=torch.bfloat16, value_head=False, trainable=False), sys.argv[2])"
+SHIP = $(PY) -c "import sys; from common.model.checkpoints import load_vla, save_vla; \
+	save_vla(load_vla(sys.argv[1], dtype='bfloat16', trainable=False), sys.argv[2])"
 
-# the dtype of matmuls that is fast here: a processor without AMX or AVX512-BF16 emulates bfloat16
+# the fast dtype of matmuls: a processor without AMX or AVX512-BF16 emulates bfloat16
 FAST_BFLOAT16 = nvidia-smi -L || grep -E 'amx_bf16|avx512_bf16' /proc/cpuinfo
 DTYPE ?= $(shell ($(FAST_BFLOAT16)) >/dev/null 2>&1 && echo bfloat16 || echo float32)
 
-# makes checkpoints/tiny-pretrained again; training takes 6 minutes of an H100, or about 5 hours of two cores, where
-# it is: make pretrained PRETRAIN=".venv/bin/torchrun --nproc-per-node 2"; see docs/demos.md
+# Training takes 6 minutes of an H100, or about 5 hours of two cores. There it is
+# make pretrained PRETRAIN=".venv/bin/torchrun --nproc-per-node 2"; see docs/demos.md
 PRETRAIN ?= $(PY)
 pretrained: runs/tiny-pretrained/config.json
 	$(SHIP) runs/tiny-pretrained checkpoints/tiny-pretrained
@@ -38,27 +41,34 @@ demos/pointing/trajectory.json: | setup
 demos/pointing-two/trajectory.json: | setup
 	$(PY) -m tiny.pointing --num-scenes 8000 --task multi_carrot --seed 1 --output demos/pointing-two
 
-runs/tiny-pretrained-wide/config.json: demos/pointing/trajectory.json demos/pointing-two/trajectory.json
+POINTING = demos/pointing/trajectory.json demos/pointing-two/trajectory.json
+runs/tiny-pretrained-wide/config.json: $(POINTING)
 	$(PRETRAIN) -m tiny.pretrain --batch-size 512 --eyes-updates 2613 --pointing-updates 3015 \
 		--dtype $(DTYPE) --output runs/tiny-pretrained-wide
 
 runs/tiny-pretrained/config.json: runs/tiny-pretrained-wide/config.json
-	$(PRETRAIN) -m tiny.pretrain --batch-size 512 --eyes-updates 0 --pointing-updates 5000 --label-std 2 \
-		--dtype $(DTYPE) --model runs/tiny-pretrained-wide --output runs/tiny-pretrained
+	$(PRETRAIN) -m tiny.pretrain --batch-size 512 --eyes-updates 0 --pointing-updates 5000 \
+		--label-std 2 --dtype $(DTYPE) --model runs/tiny-pretrained-wide \
+		--output runs/tiny-pretrained
 
-# makes checkpoints/tiny-warmup again from checkpoints/tiny-pretrained and replaces it; a second time needs
-# runs/tiny-warmup removed. Its steps took 12 minutes on two cores with AMX; see results/warmup
+# Clones checkpoints/tiny-pretrained and replaces checkpoints/tiny-warmup; a second time needs
+# runs/tiny-warmup removed. The steps took 12 minutes on two cores with AMX; see results/warmup
 warmup: setup
-	$(PY) -m common.simulation.demos --num-demos 1000 --num-envs 32 --max-episode-steps 60 --action-noise 0.015 \
-		--blunder-probability 0.04 --output demos/warmup
+	$(PY) -m demonstrations.record --num-demos 1000 --num-envs 32 --max-episode-steps 60 \
+		--action-noise 0.015 --blunder-probability 0.04 --output demos/warmup
 	$(VENV)/bin/torchrun --nproc-per-node 2 sft_vla.py --demos demos/warmup --name tiny-warmup \
-		--dtype $(DTYPE) --num-envs 64 --num-iterations 5 --num-updates 50 --eval-every 5 --eval-episodes 192
+		--dtype $(DTYPE) --num-envs 64 --num-iterations 5 --num-updates 50 \
+		--eval-every 5 --eval-episodes 192
 	$(SHIP) runs/tiny-warmup/checkpoint-000005 checkpoints/tiny-warmup
 	cp runs/tiny-warmup/args.json checkpoints/tiny-warmup/
 
 # whole files in parallel: most of a test is one process that waits for another
+PYTEST = $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 test: lint
-	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) -m "not long" $(PYTEST_ARGS)
+
+test-long: lint
+	$(PYTEST) -m "long or not long" $(PYTEST_ARGS)
 
 lint: setup
 	$(PY) -m ruff check .
@@ -67,9 +77,9 @@ format: setup
 	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
 doctor: setup
-	$(PY) -m scripts.doctor
+	$(PY) scripts/doctor.py
 
-# exact versions of what is installed now; on a machine without a GPU, so that no CUDA package is listed
+# exact versions of what is installed now; without a GPU, so that no CUDA package is listed
 lock: setup
 	$(PY) -m pip freeze --exclude-editable | sed 's/+cpu$$//' > scripts/constraints.txt
 

@@ -18,7 +18,7 @@ say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
 can_render() { # opens the renderer that the environment would use; prints which, or why not
-  "$VENV/bin/python" -c 'from scripts import doctor as d; b = d.renderer_backend(); print(b, d.check_renderer(b))' 2>&1 |
+  "$VENV/bin/python" -c 'from common.simulation.renderer import check_renderer as c; print(c("cpu"))' 2>&1 |
     tail -n 1
 }
 nvidia_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
@@ -148,7 +148,7 @@ pip_install --constraint scripts/constraints.txt --editable '.[dev]'
 # --- 4 Vulkan ---
 if ! can_render >/dev/null; then
   install_mesa
-  can_render || die "the renderer still does not work; '$VENV/bin/python -m scripts.doctor' says more"
+  can_render || die "the renderer still does not work; '$VENV/bin/python scripts/doctor.py' says more"
 fi
 say "renderer: $(can_render)"
 printf '%s' "$wanted" >"$STAMP"

@@ -4,15 +4,18 @@ import functools
 import tempfile
 from pathlib import Path
 
-from common.simulation.demos import Args, record
+from demonstrations.record import Args, main
 
 _directory = tempfile.TemporaryDirectory(prefix="cleanvla-demos-")
-ARGS = dict(num_demos=10, num_envs=5, num_workers=1, max_episode_steps=32)
+ARGS = dict(num_demos=10, num_envs=5, max_episode_steps=32)
+
+
+def record(path, **changes):
+    main(Args(output=str(path), **{**ARGS, **changes}))
+    return path
 
 
 @functools.cache
 def recorded_demos():
     """Path of the directory."""
-    path = Path(_directory.name) / "main"
-    record(Args(output=str(path), **ARGS))
-    return path
+    return record(Path(_directory.name) / "main")

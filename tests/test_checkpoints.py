@@ -1,4 +1,4 @@
-"""Weights on disk: what is saved comes back in a fresh process, and damaged directories are refused with a reason."""
+"""Models on disk: what is saved comes back, and damaged directories are refused with a reason."""
 
 import json
 import shutil
@@ -10,44 +10,46 @@ import hub_layout
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from common.model import checkpoints
-from common.model.openvla import load_vla, save_vla
+from common.model.checkpoints import choose_key, keys_of, load_vla, save_vla, trainable_parameters
+from common.model.openvla import OpenVLA
 
 INSTRUCTIONS = ["put carrot on plate", "put banana on cloth"]
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 120, 160, 3), dtype=np.uint8)
-TOKENS = torch.arange(14).reshape(2, 7)
-
+INDEX, ADAPTER = "model.safetensors.index.json", "adapter_model.safetensors"
 FRESH = """
-import json, sys, numpy as np, torch
-from common.model.openvla import load_vla
-torch.set_num_threads(1)
-model = load_vla(sys.argv[1])
-pictures = np.random.default_rng(0).integers(0, 256, (2, 120, 160, 3), dtype=np.uint8)
-tokens = torch.arange(14).reshape(2, 7) + model.backbone.bins.start
-out = model.evaluate(pictures, ["put carrot on plate", "put banana on cloth"], tokens)
-trained = {k: len(v) for k, v in model.trainable_parameters().items()}
-print(json.dumps([[x.tolist() for x in out], trained, model.value_input, sorted(model.norm_stats)]))
+import sys, test_checkpoints as t
+model = t.load_vla(sys.argv[1])
+t.np.save(sys.argv[2], t.outputs(model))
+print(len(t.trainable_parameters(model)), model.unnorm_key, sorted(model.config.norm_stats))
 """
 
 
-def disturb(model, std=0.05):
+def disturb(model):
     """Every trained weight moves, so that one that is not saved shows."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in [p for group in model.trainable_parameters().values() for p in group]:
-            p.add_(torch.randn(p.shape, generator=generator) * std)
+        for p in trainable_parameters(model):
+            p.add_(torch.randn(p.shape, generator=generator) * 0.05)
     return model
 
 
+@torch.no_grad()
 def outputs(model):
-    return [x.tolist() for x in model.evaluate(PICTURES, INSTRUCTIONS, TOKENS + model.backbone.bins.start)]
+    tokens = torch.arange(14).reshape(2, 7) + model.bins.start
+    return model.evaluate_actions(PICTURES, INSTRUCTIONS, tokens)[0].numpy()
 
 
 def same(ours, theirs, atol=2e-5):
-    """Equal up to the last bits, which memory alignment decides; what `disturb` does is a thousand times larger."""
-    return np.allclose(np.array(ours), np.array(theirs), rtol=0, atol=atol)
+    """Equal up to the last bits; what `disturb` does is a thousand times larger."""
+    return np.allclose(ours, theirs, rtol=0, atol=atol)
+
+
+def edit_json(path, **changes):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -61,309 +63,237 @@ def copied(reference, tmp_path):
 
 
 # --- round trips ---
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"lora_rank": 4},
-        {"lora_rank": 4, "separate_critic": True},
-        {"separate_critic": True},
-        {"value_input": "concat"},
-        {"value_input": "state"},
-    ],
-    ids=["full", "lora", "lora+critic", "critic", "concat", "state"],
-)
-def test_saved_model_is_the_same_in_a_fresh_process(options, tmp_path):
-    """A tensor, a setting or the statistics that is not saved; a random base that is not the same elsewhere."""
-    model = disturb(load_vla("tiny", seed=3, **options))
-    model.norm_stats["mine"] = model.norm_stats["bridge_orig"]
+@pytest.mark.parametrize("rank", [0, 4])
+def test_saved_model_is_the_same_in_a_fresh_process(rank, tmp_path):
+    """A tensor, the statistics or a random base that is not saved; a path that must not move."""
+    model = disturb(load_vla("tiny", seed=3, lora_rank=rank))
+    model.set_statistics("mine", model.config.norm_stats["bridge_orig"])
     save_vla(model, tmp_path / "run" / "checkpoint")
-    moved = (tmp_path / "run" / "checkpoint").rename(tmp_path / "elsewhere")  # nothing in it may depend on where it was
-    run = subprocess.run([sys.executable, "-c", FRESH, str(moved)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    numbers, trained, value_input, keys = json.loads(run.stdout)
-    assert same(numbers, outputs(model))
-    assert trained == {k: len(v) for k, v in model.trainable_parameters().items()}
-    assert value_input == model.value_input and keys == ["bridge_orig", "mine"]
+    moved = (tmp_path / "run" / "checkpoint").rename(tmp_path / "elsewhere")
+    command = [sys.executable, "-c", FRESH, str(moved), str(tmp_path / "numbers.npy")]
+    said = subprocess.check_output(command, text=True, env={"PYTHONPATH": ".:tests"})
+    assert same(np.load(tmp_path / "numbers.npy"), outputs(model))
+    assert said.split("\n")[-2] == f"{len(trainable_parameters(model))} mine ['mine']"
+    # A memory-mapped file's alignment changes how kernels round: resuming would not be exact
+    assert all(p.data_ptr() % 64 == 0 for p in load_vla(moved).parameters())
 
 
-def test_lora_saved_twice_keeps_its_base(tmp_path):
-    """A resumed run whose checkpoint points at the directory it was resumed from, which is deleted later."""
+def test_lora_that_is_continued(tmp_path):
+    """A base that is lost with the first run, that is read in float32, dropout, another rank."""
     save_vla(disturb(load_vla("tiny", seed=3, lora_rank=4)), tmp_path / "first")
+    edit_json(tmp_path / "first" / "adapter_config.json", lora_dropout=0.5)
     resumed = disturb(load_vla(tmp_path / "first", lora_rank=4))
     save_vla(resumed, tmp_path / "second")
     shutil.rmtree(tmp_path / "first")
     assert same(outputs(load_vla(tmp_path / "second")), outputs(resumed))
-    with pytest.raises(ValueError, match="lora_rank = 8, but .* has rank 4"):
+    model = load_vla(tmp_path / "second", dtype="bfloat16")
+    dtypes = {(p.dtype, p.requires_grad) for p in model.parameters()}
+    assert dtypes == {(torch.bfloat16, False), (torch.float32, True)}
+    with pytest.raises(ValueError, match="8.*4"):
         load_vla(tmp_path / "second", lora_rank=8)
 
 
-def test_frozen_base_of_an_adapter_directory_stays_in_the_low_dtype(tmp_path):
-    """Stops a 7B base from being loaded in float32 when a run with an adapter is resumed or continued."""
-    save_vla(load_vla("tiny", lora_rank=2, value_head=False), tmp_path / "adapter")
-    model = load_vla(tmp_path / "adapter", dtype=torch.bfloat16, value_head=False)
-    dtypes = {p.dtype: p.requires_grad for p in model.parameters()}
-    assert dtypes == {torch.bfloat16: False, torch.float32: True}
+def plain_model(directory):
+    """As somebody reads it who knows transformers only."""
+    model = OpenVLA.from_pretrained(str(directory), dtype=torch.float32)
+    model.tokenizer = load_vla(directory).tokenizer
+    return model
 
 
-def test_dropout_of_a_foreign_adapter_is_off(tmp_path):
-    """Stops sampling and scoring of an adapter trained with dropout from being two different random policies."""
-    save_vla(disturb(load_vla("tiny", lora_rank=2)), tmp_path / "a")
-    config = json.loads((tmp_path / "a" / checkpoints.ADAPTER_CONFIG).read_text()) | {"lora_dropout": 0.5}
-    (tmp_path / "a" / checkpoints.ADAPTER_CONFIG).write_text(json.dumps(config))
-    model = load_vla(tmp_path / "a")
-    assert same(outputs(model), outputs(model))
-
-
-def test_a_value_head_of_other_inputs_is_refused(tmp_path):
-    """Stops a head trained on h0 from being fed the last hidden state, which has the same shape."""
-    save_vla(load_vla("tiny", value_input="h0"), tmp_path / "a")
-    for other in ("hn", "state"):
-        with pytest.raises(ValueError, match=f"reads value_input = 'h0', not '{other}'; use that, or for a new"):
-            load_vla(tmp_path / "a", value_input=other)
-    load_vla(tmp_path / "a", value_input="hn", value_head=False)
-
-
-def test_plain_peft_reads_our_adapter(reference, tmp_path):
-    """An adapter directory that only this code can read: PeftModel on the bare model must give the same numbers."""
-    from peft import PeftModel
-
+def test_plain_peft_and_transformers_read_what_we_save(reference, tmp_path):
+    """Directories that only this code can read; shards whose names are not the published ones."""
     model = disturb(load_vla(reference, lora_rank=4))
     save_vla(model, tmp_path / "adapter")
-    files = {p.name for p in (tmp_path / "adapter").iterdir()}
-    assert {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "value_head.safetensors",
-    } <= files and "base" not in files
-    keys = checkpoints.keys_of(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert "base_model.model.language_model.lm_head.lora_A.weight" in keys and not any("base_layer" in k for k in keys)
-    assert load_file(tmp_path / "adapter" / "adapter_model.safetensors")[
-        "base_model.model.vision_backbone.featurizer.patch_embed.proj.lora_B.weight"
-    ].shape == (32, 4, 1, 1)
-    plain = load_vla(reference)
-    PeftModel.from_pretrained(plain.backbone, tmp_path / "adapter")  # changes the backbone in place
-    assert same(outputs(plain)[:2], outputs(model)[:2])  # the value head is not PEFT's
-    assert not same(outputs(load_vla(reference))[:2], outputs(model)[:2], 1e-2)
-
-
-def test_full_model_saves_in_shards(reference, tmp_path):
-    """Shards or an index that the loader, or the published names, do not match."""
-    model = load_vla(reference)
-    save_vla(model, tmp_path / "saved", max_shard_size="3MB")
-    saved = tmp_path / "saved"
-    assert (saved / checkpoints.INDEX).is_file() and len(list(saved.glob("model-*.safetensors"))) > 1
-    assert same(outputs(load_vla(saved)), outputs(model))
-    live = set(json.loads((saved / checkpoints.INDEX).read_text())["weight_map"])
-    assert live == set(model.backbone.state_dict())
+    assert not any("base_layer" in key for key in keys_of(tmp_path / "adapter" / ADAPTER))
+    plain = plain_model(reference)
+    plain.save_pretrained(tmp_path / "sharded", max_shard_size="3MB")
+    plain.tokenizer.save(str(tmp_path / "sharded" / "tokenizer.json"))
+    assert same(outputs(load_vla(tmp_path / "sharded")), outputs(plain))
+    saved, published = (
+        json.loads((d / INDEX).read_text()) for d in (tmp_path / "sharded", reference)
+    )
+    assert saved["weight_map"].keys() < published["weight_map"].keys()
+    assert not same(outputs(plain), outputs(model), 1e-2)
+    assert same(outputs(PeftModel.from_pretrained(plain, tmp_path / "adapter")), outputs(model))
 
 
 def test_saving_replaces_whole_directories(tmp_path, monkeypatch):
     """A crash while saving that leaves half a checkpoint in the place of a good one."""
     model = load_vla("tiny")
     save_vla(model, tmp_path / "c")
-    before = outputs(load_vla(tmp_path / "c"))
+    before = outputs(model)
     disturb(model)
-
-    def fails(*args, **kwargs):
-        raise OSError("disk full")
-
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save_file", fails)  # after the weights, before the value head
-        with pytest.raises(OSError, match="disk full"):
+        patch.setattr(Path, "chmod", lambda *_: 1 / 0)  # when all files are written
+        with pytest.raises(ZeroDivisionError):
             save_vla(model, tmp_path / "c")
     assert same(outputs(load_vla(tmp_path / "c")), before)
     save_vla(model, tmp_path / "c")
-    assert same(outputs(load_vla(tmp_path / "c")), outputs(model)) and not same(outputs(model), before)
-    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+    assert same(outputs(load_vla(tmp_path / "c")), outputs(model))
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert {path.stat().st_mode & 0o77 for path in (tmp_path / "c").iterdir()} == {0o44}
 
 
-def test_merged_adapter_is_a_full_model(reference, tmp_path, recwarn):
-    """A warm-up adapter merged before a new one is trained: base + old adapter must be the new start."""
+def test_merged_adapter_is_the_new_start(reference, tmp_path):
+    """A warm-up adapter that is lost when it is merged and a new one is trained on top."""
     warm = disturb(load_vla(reference, lora_rank=4))
     save_vla(warm, tmp_path / "warm")
-    merged = load_vla(reference, adapter=tmp_path / "warm", merge_adapter=True, lora_rank=2)
-    assert same(outputs(merged)[0], outputs(warm)[0], 2e-4)
-    assert merged.backbone.peft_config["default"].r == 2
-    save_vla(merged, tmp_path / "saved")  # what it was merged into is in no other file
-    assert same(outputs(load_vla(tmp_path / "saved"))[0], outputs(merged)[0], 1e-6)
-    assert not [w for w in recwarn if "was trained on" in str(w.message)], "it was trained on this model"
-    other = shutil.copytree(reference, tmp_path / "other-warmup")
-    with pytest.warns(UserWarning, match="warm was trained on .*, not on .*other-warmup"):
-        load_vla(other, adapter=tmp_path / "warm")
-    with pytest.raises(ValueError, match="is itself an adapter directory"):
-        load_vla(tmp_path / "warm", adapter=tmp_path / "warm")
+    merged = load_vla(tmp_path / "warm", merge_adapter=True, lora_rank=2)
+    assert same(outputs(merged), outputs(warm), 2e-4)
+    assert merged.peft_config["default"].r == 2
+    save_vla(merged, tmp_path / "saved")  # with its base, which is in no other file
+    assert same(outputs(load_vla(tmp_path / "saved")), outputs(merged), 1e-6)
+    full = load_vla(tmp_path / "warm", merge_adapter=True)
+    assert all(p.requires_grad for p in full.parameters())
+    with pytest.raises(ValueError, match="merge_adapter"):
+        load_vla(reference, merge_adapter=True)
 
 
-def test_gamma_names_and_statistics_beside_the_config(copied):
-    """Older exports: LayerScale called gamma, statistics in dataset_statistics.json."""
-    expected = outputs(load_vla(copied))
-    index = json.loads((copied / checkpoints.INDEX).read_text())
-    old = {k: k.replace("scale_factor", "gamma") for k in index["weight_map"]}
-    for name in set(index["weight_map"].values()):
-        save_file({old[k]: v for k, v in load_file(copied / name).items()}, copied / name)
-    index["weight_map"] = {old[k]: v for k, v in index["weight_map"].items()}
-    (copied / checkpoints.INDEX).write_text(json.dumps(index))
-    config = json.loads((copied / "config.json").read_text())
-    (copied / "dataset_statistics.json").write_text(json.dumps(config.pop("norm_stats")))
-    (copied / "config.json").write_text(json.dumps(config))
+FOREIGN = [
+    dict(modules_to_save=["projector", "norm"]), dict(modules_to_save=["lm_head"]),
+    dict(bias="all"), dict(trainable_token_indices=[5, 9]), dict(use_rslora=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOREIGN, ids=str)
+def test_all_parts_of_a_foreign_adapter_are_read(kind, reference, tmp_path):
+    """Trained weights beside LoRA's that are dropped silently: another policy goes on."""
+    config = LoraConfig(r=2, target_modules=["qkv", "q_proj"], **kind)
+    model = disturb(get_peft_model(plain_model(reference), config))
+    model.save_pretrained(tmp_path)
+    assert same(outputs(load_vla(tmp_path)), outputs(model))
+    assert same(outputs(load_vla(tmp_path, merge_adapter=True)), outputs(model), 1e-4)
+
+
+def test_published_config_is_kept(copied, tmp_path):
+    """Keys of the published config.json that are lost, or that mean something else here."""
+    published = dict(
+        auto_map={"AutoConfig": "configuration_prismatic.OpenVLAConfig"}, torch_dtype="bfloat16",
+        transformers_version="4.40.1", output_projector_states=False, pad_token_id=32000,
+    )  # fmt: skip
+    edit_json(copied / "config.json", **published)
+    before = json.loads((copied / "config.json").read_text())
     model = load_vla(copied)
-    assert same(outputs(model), expected) and list(model.norm_stats) == ["bridge_orig"]
+    save_vla(model, tmp_path / "saved")
+    after = json.loads((tmp_path / "saved" / "config.json").read_text())
+    changed = {key for key in before if after.get(key) != before[key]}
+    assert changed <= {"torch_dtype", "transformers_version", "text_config", "architectures"}
+
+
+def test_which_statistics_hold(copied):
+    """Actions decoded with the statistics of another robot, of the base, or for other bodies."""
+    mine = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}
+    (copied / "dataset_statistics.json").write_text(json.dumps({"my_robot": mine}))
+    model = load_vla(copied)
+    assert model.unnorm_key == "my_robot" and list(model.config.norm_stats) == ["my_robot"]
+    with pytest.raises(ValueError, match="'bridge_orig'.*my_robot"):
+        load_vla(copied, unnorm_key="bridge_orig")
+    stats = {"a": {"assets": "primitive"}, "b": {}}
+    assert choose_key(stats, "a", "primitive") == choose_key(stats, "a") == "a"
+    assert choose_key(stats, "b", "bridge") == "b"
+    for key, assets, named in (("", "", "'a', 'b'"), ("c", "", "'c'"), ("a", "bridge", "primi")):
+        with pytest.raises(ValueError, match=named):
+            choose_key(stats, key, assets)
 
 
 # --- damage ---
-def shard_of(folder, key):
-    return folder / json.loads((folder / checkpoints.INDEX).read_text())["weight_map"][key]
-
-
-def truncated_shard(folder):
-    path = folder / "model-00002-of-00003.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-    return ValueError, r"model-00002-of-00003\.safetensors is truncated"
-
-
-def missing_shard(folder):
-    (folder / "model-00002-of-00003.safetensors").unlink()
-    return FileNotFoundError, r"model-00002-of-00003\.safetensors is missing"
-
-
-def missing_index_entry(folder):
-    index = json.loads((folder / checkpoints.INDEX).read_text())
-    del index["weight_map"]["projector.fc1.bias"]
-    (folder / checkpoints.INDEX).write_text(json.dumps(index))
-    return ValueError, r"index\.json and model-.*projector\.fc1\.bias"
-
-
-def edit(folder, key, change):
-    path = shard_of(folder, key)
+def edit_shard(folder, change):
+    """Change the tensors of the shard that holds projector.fc2.bias; its index stays."""
+    path = folder / json.loads((folder / INDEX).read_text())["weight_map"][BIAS]
     tensors = load_file(path)
     change(tensors)
-    save_file(tensors, path)
-    index = json.loads((folder / checkpoints.INDEX).read_text())
-    index["weight_map"] = {k: v for k, v in index["weight_map"].items() if v != path.name} | dict.fromkeys(
-        tensors, path.name
-    )
-    (folder / checkpoints.INDEX).write_text(json.dumps(index))
+    save_file(tensors, path, {"format": "pt"})
 
 
-def missing_key(folder):
-    edit(folder, "projector.fc2.bias", lambda tensors: tensors.pop("projector.fc2.bias"))
-    return ValueError, r"1 keys missing \['projector\.fc2\.bias'\]"
+def edit(path, old, new):
+    """Replace bytes of a file: `old`, or all with None."""
+    content = path.read_bytes()
+    path.write_bytes(new if old is None else content.replace(old, new))
 
 
-def unknown_key(folder):
-    edit(folder, "projector.fc2.bias", lambda tensors: tensors.update(extra=torch.zeros(1)))
-    return ValueError, r"1 unknown \['extra'\]"
-
-
-def wrong_shape(folder):
-    edit(folder, "projector.fc2.bias", lambda tensors: tensors.update({"projector.fc2.bias": torch.zeros(31)}))
-    return ValueError, r"safetensors: projector\.fc2\.bias has shape \(31,\), the model's is \(32,\)"
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
 
 
 def pickle_only(folder):
     for path in folder.glob("*.safetensors*"):
-        path.unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"")
-    return FileNotFoundError, r"model\.safetensors is missing; \['pytorch_model\.bin'\] are pickles"
+        path.rename(folder / f"{path.name}.bin")
 
 
-def not_safetensors(folder):
-    path = folder / "model-00001-of-00003.safetensors"
-    path.write_bytes(b"something else" * 100)
-    return ValueError, r"model-00001-of-00003\.safetensors is truncated or not safetensors"
+SHARD = "model-00002-of-00003.safetensors"
+BIAS = "projector.fc2.bias"
+DAMAGE = {
+    "truncated shard": (lambda d: truncate(d / SHARD), SHARD),
+    "missing shard": (lambda d: (d / SHARD).unlink(), SHARD),
+    "not safetensors": (lambda d: edit(d / SHARD, None, b"other" * 100), SHARD),
+    "missing key": (lambda d: edit_shard(d, lambda t: t.pop(BIAS)), BIAS),
+    "unknown key": (lambda d: edit_shard(d, lambda t: t.update(extra=torch.zeros(1))), "extra"),
+    "wrong shape": (lambda d: edit_shard(d, lambda t: t.update({BIAS: torch.zeros(31)})), BIAS),
+    "pickle only": (pickle_only, "model"),
+    "no statistics": (lambda d: edit_json(d / "config.json", norm_stats={}), "norm_stats"),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
+    "broken config": (lambda d: edit(d / "config.json", None, b"{"), "config.json"),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json"),
+    "empty tokenizer": (lambda d: edit(d / "tokenizer.json", None, b""), "tokenizer.json"),
+    "another tokenizer": (lambda d: edit(d / "tokenizer.json", b"29871", b"29870"), "29871"),
+    "adapter beside": (lambda d: (d / "adapter_config.json").write_text("{}"), "adapter"),
+}
 
 
-def no_norm_stats(folder):
-    config = json.loads((folder / "config.json").read_text())
-    del config["norm_stats"]
-    (folder / "config.json").write_text(json.dumps(config))
-    return ValueError, r"config\.json has no norm_stats and there is no dataset_statistics\.json"
-
-
-def no_config(folder):
-    (folder / "config.json").unlink()
-    return FileNotFoundError, r"config\.json is missing"
-
-
-def broken_config(folder):
-    (folder / "config.json").write_text("{")
-    return ValueError, r"config\.json is not JSON"
-
-
-def no_tokenizer(folder):
-    (folder / "tokenizer.json").unlink()
-    return FileNotFoundError, r"tokenizer\.json is missing"
-
-
-def other_tokenizer(folder):
-    text = (folder / "tokenizer.json").read_text()
-    (folder / "tokenizer.json").write_text(text.replace("29871", "29870"))
-    return ValueError, r"tokenizer\.json: a prompt must end in token 29871"
-
-
-def other_value_head(folder):
-    save_file({"value_head.head_l1.weight": torch.zeros(2, 2)}, folder / "value_head.safetensors")
-    return ValueError, r"value_head\.safetensors: 4 keys missing"
-
-
-DAMAGE = [
-    truncated_shard, missing_shard, missing_index_entry, missing_key, unknown_key, wrong_shape, pickle_only,
-    not_safetensors, no_norm_stats, no_config, broken_config, no_tokenizer, other_tokenizer,
-    other_value_head,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_damaged_directory(damage, copied):
-    """A traceback from deep inside, or random weights, where the file and the key should be named."""
-    error, message = damage(copied)
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_directory(name, copied):
+    """Random weights or a traceback from deep inside, where file and key should be named."""
+    damage, named = DAMAGE[name]
+    damage(copied)
+    with pytest.raises((ValueError, OSError), match=named) as caught:
         load_vla(copied)
+    assert str(copied) in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [
+    lambda t, key: t.pop(key),
+    lambda t, key: t.update({key: torch.zeros(4, 81)}),
+    lambda t, key: t.update({key.replace("fc1", "fc9"): torch.zeros(4, 80)}),
+], ids=["missing key", "wrong shape", "unknown key"])  # fmt: skip
+def test_damaged_adapter(change, reference, tmp_path):
+    """An adapter of another model that loads in part."""
+    adapter = hub_layout.write_reference_adapter(tmp_path / "adapter", base=reference)
+    tensors = load_file(adapter / ADAPTER)
+    change(tensors, "base_model.model.projector.fc1.lora_A.weight")
+    save_file(tensors, adapter / ADAPTER)
+    with pytest.raises(ValueError, match=rf"{ADAPTER}[\s\S]*projector\.fc"):
+        load_vla(adapter)
+    truncate(adapter / ADAPTER)
+    with pytest.raises(ValueError, match=ADAPTER):
+        load_vla(adapter)
+
+
+def test_adapters_that_would_act_otherwise_are_refused(reference, tmp_path):
+    """A base that is gone or itself an adapter, and DoRA on lm_head, of which we read a slice."""
+    adapter = hub_layout.write_reference_adapter(tmp_path / "adapter", base=reference)
+    second = shutil.copytree(adapter, tmp_path / "second")
+    for base, named in (("/gone", "adapter_config.json.*/gone"), (str(adapter), "merge")):
+        edit_json(second / "adapter_config.json", base_model_name_or_path=base)
+        with pytest.raises((FileNotFoundError, ValueError), match=named):
+            load_vla(second)
+    config = LoraConfig(r=2, target_modules=["lm_head"], use_dora=True)
+    get_peft_model(plain_model(reference), config).save_pretrained(tmp_path / "dora")
+    with pytest.raises(ValueError, match="dora.*lm_head"):
+        load_vla(tmp_path / "dora")
 
 
 def test_unknown_names(tmp_path, monkeypatch):
     """A misspelt directory that turns into a download or an endless wait."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    for name in (str(tmp_path / "nowhere"), "./nowhere", "tinny", "runs/nowhere", "here/nowhere"):
-        with pytest.raises(FileNotFoundError, match="is neither a directory in .* nor like the hub id"):
+    for name in (str(tmp_path / "nowhere"), "tinny", "runs/nowhere", "here/nowhere"):
+        with pytest.raises(FileNotFoundError, match=name):
             load_vla(name)
 
     def offline(name, allow_patterns):
-        assert all(p.endswith((".safetensors", ".json")) for p in allow_patterns)
-        raise OSError("no connection")
+        assert all(pattern.endswith((".safetensors", ".json")) for pattern in allow_patterns)
+        raise OSError(f"no connection for {name}")
 
-    monkeypatch.setattr(checkpoints, "snapshot_download", offline)
-    with pytest.raises(FileNotFoundError, match="hub did not give it .*no connection.*pass a directory"):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(OSError, match="no connection for openvla/openvla-7b"):
         load_vla("openvla/openvla-7b")
-    with pytest.raises(ValueError, match="lora_targets is 'some'"):
-        load_vla("tiny", lora_rank=4, lora_targets="some")
-    with pytest.raises(ValueError, match="value_input is 'h1'"):
-        load_vla("tiny", value_input="h1")
-
-
-def test_damaged_adapter(reference, tmp_path):
-    """An adapter of another model, or without its base, that loads in part."""
-    adapter = hub_layout.write_reference_adapter(tmp_path / "adapter")
-    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json names the base '\(none\)'.*as its adapter"):
-        load_vla(adapter)
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    key = "base_model.model.projector.fc1.lora_A.weight"
-    for change, message in (
-        ({key: torch.zeros(4, 81)}, r"projector\.fc1\.lora_A\.weight has shape \(4, 81\)"),
-        ({key.replace("fc1", "fc9"): torch.zeros(4, 80)}, r"unknown \['projector\.fc9"),
-    ):
-        save_file(tensors | change, adapter / "adapter_model.safetensors")
-        with pytest.raises(ValueError, match=message):
-            load_vla(reference, adapter=adapter)
-    save_file({k: v for k, v in tensors.items() if k != key}, adapter / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: 1 keys missing \['projector\.fc1"):
-        load_vla(reference, adapter=adapter)
-
-
-def test_small_hub_checkpoint_works(tmp_path):
-    """The helper that other tests load real-layout models with."""
-    model = load_vla(hub_layout.write_small_hub_checkpoint(tmp_path / "small"), dtype=torch.bfloat16, lora_rank=4)
-    tokens, logprobs, values = model.act(PICTURES, INSTRUCTIONS)
-    assert tokens.shape == (2, 7) and torch.isfinite(logprobs).all() and torch.isfinite(values).all()

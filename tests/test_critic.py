@@ -1,56 +1,61 @@
-"""The critic that reads the simulator's state."""
+"""Critics: what each one reads, what it trains, and the weights that it starts with."""
 
 import numpy as np
+import pytest
 import torch
+import torch.nn.functional as F
 
-import ppo_vla
-from common.model.critic import NUM_FEATURES, StateCritic, state_features
-from common.simulation.vec_env import make_envs
+from common.model.checkpoints import load_vla, trainable_parameters
+from common.model.critic import make_critic
+from common.simulation.env import STATE_SIZE
 
-
-def test_features_of_the_real_simulator():
-    """Stops features that are of another size than the critic, that mix up environments, or that ignore what moves."""
-    envs = make_envs(num_envs=2, num_workers=1, max_episode_steps=4)
-    try:
-        envs.reset(np.array([3, 400000]))
-        flags, clock = np.zeros((2, 3)), np.array([0.0, 0.5])
-        before = state_features(envs.privileged_state(), flags, clock)
-        assert before.shape == (2, NUM_FEATURES) and before.dtype == torch.float32 and torch.isfinite(before).all()
-        assert before[:, 34].tolist() == [0.0, 0.5] and before[:, 35:].sum(1).tolist() == [1.0, 1.0]
-        envs.step(np.array([[0.03, 0, 0, 0, 0, 0, 1], [0] * 6 + [1]], dtype=np.float32))
-        after = state_features(envs.privileged_state(), flags, clock)
-        moved = (after - before).abs()[:, :3].amax(1)  # object - TCP, in decimetres
-        assert moved[0] > 0.05 and moved[1] < 0.02
-        envs.reset(np.array([400000, 3]))
-        swapped = state_features(envs.privileged_state(), flags, clock[::-1])
-        assert torch.allclose(swapped.flip(0), before, atol=1e-5)
-    finally:
-        envs.close()
+OBS = np.random.default_rng(0).integers(0, 256, (3, 120, 160, 3), dtype=np.uint8)
+TEXTS = ["put carrot on plate", "put banana on cloth", "put 7up can on plate"]
+TOKENS = torch.arange(21).reshape(3, 7) + 256
 
 
-def test_an_object_far_below_the_table_has_bounded_features():
-    """Stops values that grow with the fall of a lost object, which drown those of the rollout's other episodes."""
-    pose = np.tile([0.0, 0, 0, 1, 0, 0, 0], (2, 1))
-    state = {f"{name}_pose": pose for name in ("base", "tcp", "tcp_target", "plate")}
-    state |= {"object_pose": pose + [[0.0] * 7, [0, 0, -500, 0, 0, 0, 0]], "object_index": np.array([0, 1])}
-    state |= {"object_bbox": np.zeros((2, 2, 3)), "finger_qpos": np.zeros((2, 2))}
-    features = state_features(state, np.zeros((2, 3)), np.zeros(2))
-    assert features[1, 2] == -10 and features[1, 5] == 10 and features.abs().max() == 10
-    assert features[0, :23].abs().max() == 0, "what is near is as it was"
+@pytest.mark.parametrize("kind", ["state", "h0", "hn", "concat", "separate"])
+def test_a_critic_reads_and_trains_what_its_name_says(kind):
+    """An ablation of another input than its name, or a critic that trains the policy by itself."""
+    model = load_vla("tiny")
+    critic = make_critic(kind, model, seed=1)
+    hidden = model.evaluate_actions(OBS, TEXTS, TOKENS)[2]
+    state = torch.randn(3, STATE_SIZE)
+    values = critic(OBS, TEXTS, hidden, state)
+    assert values.shape == (3,) and values.dtype == torch.float32
+    values.sum().backward()
+    assert all(p.grad is not None for p in trainable_parameters(critic)[-2:])
+    assert (model.projector.fc1.weight.grad is not None) == (kind in ("h0", "hn", "concat"))
+    changed = {"state": (OBS, hidden, state + 1), "obs": (OBS[::-1].copy(), hidden, state)}
+    for i in range(7):
+        changed[i] = (OBS, hidden + F.one_hot(torch.tensor(i), 7)[:, None], state)
+    reads = set()
+    for name, (obs, other, numbers) in changed.items():
+        if not torch.equal(critic(obs, TEXTS, other, numbers), values):
+            reads.add(name)
+    expected = {"h0": {0}, "hn": {6}, "concat": set(range(7)), "separate": {"obs"}}
+    assert reads == expected.get(kind, {kind})
 
 
-def test_update_critic_fits_returns_and_leaves_the_policy_alone():
-    """Stops a critic that does not learn, and policy weights that move (by momentum or decay) while it does."""
-    torch.manual_seed(0)
-    critic, policy = StateCritic(), torch.nn.Parameter(torch.ones(3))
-    groups = [{"params": [policy], "lr": 1.0}, {"params": list(critic.parameters()), "lr": 1e-3}]
-    optimizer = torch.optim.AdamW(groups)
-    policy.grad = torch.ones(3)
-    optimizer.step()  # gives it momentum
-    kept, states = policy.clone(), torch.randn(512, NUM_FEATURES)
-    batch = {"states": states, "values": torch.zeros(512), "returns": states[:, 0].tanh(), "index": np.arange(512)}
-    args, rng = ppo_vla.Args(num_minibatches=8, value_epochs=10), np.random.default_rng(0)
-    first = ppo_vla.update_critic(critic, optimizer, batch, args, rng, ".")["losses/value_loss"]
-    for _ in range(4):
-        last = ppo_vla.update_critic(critic, optimizer, batch, args, rng, ".")["losses/value_loss"]
-    assert last < 0.2 * first and torch.equal(policy, kept)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_separate_critic_has_its_own_trained_weights(rank):
+    """A critic that shares weights with the policy, or that copies 15 GB of frozen ones."""
+    model = load_vla("checkpoints/tiny-warmup", lora_rank=rank, freeze_vision=True)
+    critic = make_critic("separate", model, seed=1)
+    policy = {id(p): p.requires_grad for p in model.parameters()}
+    shared = [policy[id(p)] for p in critic.model.parameters() if id(p) in policy]
+    assert shared and not any(shared)
+    assert len(trainable_parameters(critic.model)) == len(trainable_parameters(model))
+    obs = model.preprocess(OBS)  # image tokens of the eyes that both have
+    hidden = model.prompt_hidden(obs, TEXTS)
+    assert torch.equal(critic(obs, TEXTS, None, None), critic.head(None, None, hidden, None))
+
+
+def test_first_weights_are_those_of_the_published_results():
+    """Runs that start elsewhere than the committed ones of the same seed."""
+    model = load_vla("checkpoints/tiny-warmup")
+    before = torch.get_rng_state()
+    state, h0 = make_critic("state", model, seed=1), make_critic("h0", model, seed=1)
+    assert torch.equal(torch.get_rng_state(), before), "the caller's random state"
+    assert state.layers[4].weight[0, :2].tolist() == [0.012191571295261383, 0.05755876004695892]
+    assert h0.head_l3.weight[0, :2].tolist() == [0.012666321359574795, 0.006461343728005886]

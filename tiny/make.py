@@ -1,8 +1,7 @@
-"""Write this folder's tokenizer.json and config.json: the embedded 1 M parameter model's vocabulary and shape.
+"""Write tokenizer.json and config.json of the embedded 1 M parameter model: `python -m tiny.make`.
 
-Words: the benchmark's 21 instruction templates, the object and receptacle names of both asset packs, digits, colours,
-simple shapes, punctuation; any other word becomes <unk>. The prompt's two constant pieces are one token each: the same
-text as at full size, but only as long as the instruction. Run: python -m tiny.make
+Its words are those of the benchmark's templates and names, digits, colours, simple shapes and
+punctuation; any other word becomes <unk>. The prompt's two constant pieces are one token each.
 """
 
 import json
@@ -13,26 +12,26 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from common.model.openvla import PROMPT
 
 WORDS = """
-a an the it s this that is so be should can could would you please and then to on onto over of in into from at for
-where with put place set move take pick up down make sure surface table lay position atop arrange resting placed
-carrot kitchen shovel bread plastic bottle 7up zuchinni zucchini ketchup watering pipe toy bear fast food cup plant
-banana hamburger golf ball bbq sauce travel pepper nonstop potato baguette champagne glass spoon onion plate cloth
-carpet newspaper sheet metal drawing tablet tomato slice pizza flat bowl gramophone disk frying pan mouse pad
-cutting chess board manhole cover envelope notepad red green blue yellow orange purple pink brown black white gray
-grey cyan magenta teal violet navy olive beige gold silver light dark bright small big large tall short long thin
-thick wide round square cube box block brick cuboid sphere cylinder cone capsule rod bar stick ring disc tray mat
-dish saucer towel napkin book eggplant corn apple lemon lime pear peach plum egg mushroom cucumber eraser marker
-candle dice die peg stone bell object hexagon octagon oval ellipse triangle pyramid wedge prism rectangle strip slab
-tile coaster lid basket 0 1 2 3 4 5 6 7 8 9 . , ? ! : ; - ’ ' / ( ) soda sponge chocolate gift milk hot dog
-toothpaste jar door record brush tape key
+a an the it s this that is so be should can could would you please and then to on onto over of in
+into from at for where with put place set move take pick up down make sure surface table lay
+position atop arrange resting placed carrot kitchen shovel bread plastic bottle 7up zuchinni
+zucchini ketchup watering pipe toy bear fast food cup plant banana hamburger golf ball bbq sauce
+travel pepper nonstop potato baguette champagne glass spoon onion plate cloth carpet newspaper sheet
+metal drawing tablet tomato slice pizza flat bowl gramophone disk frying pan mouse pad cutting chess
+board manhole cover envelope notepad red green blue yellow orange purple pink brown black white gray
+grey cyan magenta teal violet navy olive beige gold silver light dark bright small big large tall
+short long thin thick wide round square cube box block brick cuboid sphere cylinder cone capsule rod
+bar stick ring disc tray mat dish saucer towel napkin book eggplant corn apple lemon lime pear peach
+plum egg mushroom cucumber eraser marker candle dice die peg stone bell object hexagon octagon oval
+ellipse triangle pyramid wedge prism rectangle strip slab tile coaster lid basket 0 1 2 3 4 5 6 7 8
+9 . , ? ! : ; - ’ ' / ( ) soda sponge chocolate gift milk hot dog toothpaste jar door record brush
+tape key
 """
-BASE = (
-    512  # action ids are BASE-256 .. BASE-1, padding is BASE: the published model's layout with 32000 in place of 512
-)
+# Action ids are BASE-256 .. BASE-1, padding is BASE: the published layout, which has 32000
+BASE = 512
 
 
-def main(folder: Path = Path(__file__).parent) -> None:
-    """Write both files into `folder`."""
+def main(folder=Path(__file__).parent):
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
     for piece in [*PROMPT.split("{}"), *WORDS.split()]:
         vocab.setdefault(piece, len(vocab))
@@ -47,7 +46,7 @@ def main(folder: Path = Path(__file__).parent) -> None:
         "camera_size": [160, 120],  # pixels; other image sizes are resized to this, then cropped
         "crop": [16, 26, 128, 106],  # left, top, right, bottom: where objects and gripper move
         "stem": [[64, 4, 4], [128, 3, 2], [128, 3, 2]],  # convolutions: channels, kernel, stride
-        "stem_blocks": [4, 256, 3],  # transformer blocks on the image tokens: heads, MLP width, number
+        "stem_blocks": [4, 256, 3],  # on the image tokens: heads, MLP width, number of blocks
         "image_tokens": 35,  # 7 x 5
         "n_action_bins": 256,
         "pad_to_multiple_of": 64,
@@ -59,7 +58,7 @@ def main(folder: Path = Path(__file__).parent) -> None:
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "max_position_embeddings": 256,
-            "initializer_range": 0.08,  # about 1 / sqrt(hidden_size); with 0.02 this width hardly starts to learn
+            "initializer_range": 0.08,  # about 1 / sqrt(hidden_size); with 0.02 it hardly learns
             "pad_token_id": BASE,
         },
         "value_head": [128, 64],

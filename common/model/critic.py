@@ -1,42 +1,73 @@
-"""A critic that reads the simulator's state instead of the image: asymmetric actor-critic (Pinto et al. 2017).
+"""Critics, with one call: `critic(obs, instructions, hidden, state)` -> values (N,) float32.
 
-The policy never sees the state, and evaluation does not need it. Metres, radians; N environments.
-"""
+obs, instructions: what the policy was asked; hidden (N, 7, D): what it returned with its actions;
+state (N, D) float32: `env.state_features`. Each critic reads one of them."""
 
-import numpy as np
+import copy
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from common.simulation.tasks import OBJECTS
-
-NUM_OBJECTS = max(split.stop for split in OBJECTS)
-NUM_FEATURES = 23 + 4 + 4 + 3 + 1 + NUM_OBJECTS
+from common.simulation.env import STATE_SIZE
 
 
 class StateCritic(nn.Module):
-    """Value (N,) float32 of `state_features` (N, D). Stands in a VLA's `value_head`, whose sizes mean nothing to it."""
+    """Reads the simulator's state, which the policy never sees (Pinto et al. 2017)."""
 
-    def __init__(self, *_, hidden=(256, 256)):
+    def __init__(self, state_size, hidden=(256, 256)):
         super().__init__()
-        widths = (NUM_FEATURES, *hidden)
-        layers = [layer for pair in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(*pair), nn.GELU())]
-        self.layers = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
+        first, second = nn.Linear(state_size, hidden[0]), nn.Linear(*hidden)
+        self.layers = nn.Sequential(first, nn.GELU(), second, nn.GELU(), nn.Linear(hidden[1], 1))
 
-    def forward(self, features):
-        return self.layers(features)[:, 0]
+    def forward(self, obs, instructions, hidden, state):
+        return self.layers(state)[:, 0]
 
 
-def state_features(state, flags, progress):
-    """(N, D) float32 of `envs.privileged_state()`, flags (N, 3) bool: grasped, held so far, success now; progress (N,):
-    share of the episode that is over, without which no value of a fixed-length episode is right."""
-    base, tcp, target = (state[f"{name}_pose"] for name in ("base", "tcp", "tcp_target"))
-    thing, plate = state["object_pose"], state["plate_pose"]
-    which = np.eye(NUM_OBJECTS)[state["object_index"]]
-    metres = (
-        thing[:, :3] - tcp[:, :3], plate[:, :3] - thing[:, :3], target[:, :3] - tcp[:, :3], thing[:, :3] - base[:, :3],
-        tcp[:, :3] - base[:, :3], state["object_bbox"].reshape(len(tcp), 6), state["finger_qpos"],
-    )  # fmt: skip
-    # An object pushed through the table falls 300 m in 32 steps: unbounded, such values drown a whole rollout.
-    decimetres = (10 * np.concatenate(metres, 1)).clip(-10, 10)
-    parts = (decimetres, thing[:, 3:], tcp[:, 3:], flags, progress[:, None], which)
-    return torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32))
+class HiddenCritic(nn.Module):
+    """RL4VLA's value head, float32; reads "h0" (of the prompt alone), "hn" (last) or "concat"."""
+
+    def __init__(self, width, reads="h0", inner=(512, 128)):
+        super().__init__()
+        self.reads = reads
+        self.head_l1 = nn.Linear(width * 7 if reads == "concat" else width, inner[0])
+        self.head_l2 = nn.Linear(*inner)
+        self.head_l3 = nn.Linear(inner[1], 1, bias=False)
+        for layer in self.children():
+            nn.init.normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, obs, instructions, hidden, state):
+        x = {"h0": hidden[:, 0], "hn": hidden[:, -1], "concat": hidden.flatten(1)}[self.reads]
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.gelu(self.head_l1(x.float()))
+            return self.head_l3(F.gelu(self.head_l2(x)))[:, 0]
+
+
+class SeparateCritic(nn.Module):
+    """Reads h0 of its own copy of the policy's network; the weights that are frozen are shared."""
+
+    def __init__(self, model):
+        super().__init__()
+        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+        self.model = copy.deepcopy(model, frozen)
+        width, inner = model.config.text_config.hidden_size, model.config.value_head
+        self.head = HiddenCritic(width, "h0", inner)
+
+    def forward(self, obs, instructions, hidden, state):
+        return self.head(obs, instructions, self.model.prompt_hidden(obs, instructions), state)
+
+
+def make_critic(kind, model, seed):
+    """A new critic on the model's device. kind: "state", "h0", "hn", "concat" or "separate"."""
+    width, inner = model.config.text_config.hidden_size, model.config.value_head
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if kind == "state":
+            critic = StateCritic(STATE_SIZE)
+        elif kind == "separate":
+            critic = SeparateCritic(getattr(model, "model", model))  # without PEFT's wrapper
+        else:
+            critic = HiddenCritic(width, kind, inner)
+    return critic.to(model.device)

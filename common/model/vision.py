@@ -1,8 +1,7 @@
-"""Eyes of the model: OpenVLA's two vision transformers, the tiny model's convolutional stem, and how images are fitted.
+"""Eyes: OpenVLA's two vision transformers, and the small model's stem.
 
-Both kinds map fitted images to image tokens (N, patches, width); `fit` maps (N, H, W, 3) uint8 of any size to what they
-take. Attribute names are the published checkpoint's keys (timm's names), so weights and LoRA adapters load one to one.
-"""
+`fit` maps (N, H, W, 3) uint8 of any size to what the eyes take, and they that to image tokens
+(N, P, width). Attribute names are the published checkpoint's keys, which are timm's."""
 
 import math
 
@@ -10,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# DINOv2 ViT-L/14 with 4 registers, SigLIP SO400M/14: width, depth, heads, MLP width, CLS + registers, pixel mean, std
+# DINOv2 ViT-L/14 with CLS and 4 registers, SigLIP SO400M/14:
+# width, depth, heads, MLP width, tokens in front of the patches, mean and std of the pixels
 TOWERS = {
     "featurizer": (1024, 24, 16, 4096, 5, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "fused_featurizer": (1152, 27, 16, 4304, 0, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -18,7 +18,7 @@ TOWERS = {
 
 
 class LayerScale(nn.Module):
-    def __init__(self, width: int):
+    def __init__(self, width):
         super().__init__()
         self.scale_factor = nn.Parameter(torch.ones(width))
 
@@ -29,67 +29,66 @@ class LayerScale(nn.Module):
 class MLP(nn.Module):
     """Linear layers fc1, fc2, ... with exact (erf) GELU between them."""
 
-    def __init__(self, *widths: int):
+    def __init__(self, *widths):
         super().__init__()
         for i in range(1, len(widths)):
             setattr(self, f"fc{i}", nn.Linear(widths[i - 1], widths[i]))
 
     def forward(self, x):
-        first, *rest = self.children()
-        x = first(x)
-        for layer in rest:
-            x = layer(F.gelu(x))
+        for i, layer in enumerate(self.children()):
+            x = layer(F.gelu(x) if i else x)
         return x
 
 
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
+class Block(nn.Module):
+    def __init__(self, width, heads, mlp_width, layer_scale):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        qkv, proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.attn = nn.ModuleDict({"qkv": qkv, "proj": proj})
+        self.mlp = MLP(width, mlp_width, width)
+        self.ls1 = LayerScale(width) if layer_scale else nn.Identity()
+        self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
 
     def forward(self, x):
-        q, k, v = (
-            self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # each (N, heads, S, head width)
-        if x.device.type == "cpu":  # where the fused kernel's backward in bfloat16 takes four times as long
-            x = (q @ (k * k.shape[-1] ** -0.5).transpose(2, 3)).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+        x = x + self.ls1(self.attend(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+    def attend(self, x):
+        qkv = self.attn["qkv"](x).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, S, head width)
+        if x.device.type == "cpu":
+            # the fused kernel's backward in bfloat16 takes four times as long there
+            scores = q @ (k * k.shape[-1] ** -0.5).transpose(2, 3)
+            x = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int, mlp_width: int, layer_scale: bool):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn, self.mlp = Attention(width, heads), MLP(width, mlp_width, width)
-        self.ls1, self.ls2 = (LayerScale(width) if layer_scale else nn.Identity() for _ in range(2))
-
-    def forward(self, x):
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        return self.attn["proj"](x.transpose(1, 2).flatten(2))
 
 
 class Tower(nn.Module):
-    """A ViT up to the input of its last block, which is what OpenVLA reads: no final norm, no prefix tokens."""
+    """A ViT up to the input of its last block, which is what OpenVLA reads: no final norm."""
 
     def __init__(self, image_size, width, depth, heads, mlp_width, prefix, mean, std):
         super().__init__()
         self.prefix, self.mean, self.std = prefix, mean, std
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, 14, stride=14)})
-        self.pos_embed = nn.Parameter(torch.randn(1, (image_size // 14) ** 2, width) * 0.02)  # patches only
+        self.pos_embed = nn.Parameter(torch.randn(1, (image_size // 14) ** 2, width) * 0.02)
         if prefix:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
             self.reg_token = nn.Parameter(torch.zeros(1, prefix - 1, width))
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_width, layer_scale=prefix > 0) for _ in range(depth - 1))
+        block = (width, heads, mlp_width, prefix > 0)
+        self.blocks = nn.ModuleList(Block(*block) for _ in range(depth - 1))
 
     def forward(self, images, recompute):
-        mean, std = (torch.tensor(c).to(images).view(3, 1, 1) for c in (self.mean, self.std))
-        x = self.patch_embed["proj"]((images / 255 - mean) / std).flatten(2).transpose(1, 2) + self.pos_embed
+        mean, std = torch.tensor([self.mean, self.std]).to(images).view(2, 3, 1, 1)
+        x = self.patch_embed["proj"]((images / 255 - mean) / std)
+        x = x.flatten(2).transpose(1, 2) + self.pos_embed  # CLS and registers have no position
         if self.prefix:
-            x = torch.cat([*(t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token)), x], dim=1)
+            prefix = torch.cat([self.cls_token, self.reg_token], dim=1).expand(len(x), -1, -1)
+            x = torch.cat([prefix, x], dim=1)
         for block in self.blocks:
             x = recompute(block, x)
         return x[:, self.prefix :]
@@ -98,50 +97,53 @@ class Tower(nn.Module):
 class TwinTowers(nn.Module):
     """(N, 3, 224, 224) pixels 0..255 -> (N, 256, 2176): DINOv2 first, then SigLIP."""
 
-    def __init__(self, config: dict):
+    def __init__(self, config):
         super().__init__()
-        self.size = (config["image_sizes"][0],) * 2
-        shapes = {name: config.get("towers", {}).get(name, default[:4]) for name, default in TOWERS.items()}
-        self.width = sum(shape[0] for shape in shapes.values())
+        self.size = (config.image_sizes[0], config.image_sizes[0])
+        self.unread = []  # patterns of the published keys that no output depends on
+        for name, default in TOWERS.items():
+            sizes = (config.towers or {}).get(name, default[:4])
+            setattr(self, name, Tower(self.size[0], *sizes, *default[4:]))
+            last = rf"blocks\.{sizes[1] - 1}"
+            self.unread.append(rf"vision_backbone\.{name}\.({last}|norm|attn_pool)\.")
+        self.width = sum(tower.pos_embed.shape[2] for tower in self.children())
         self.inner = 4 * self.width  # of the projector
-        for name, shape in shapes.items():
-            setattr(self, name, Tower(self.size[0], *shape, *TOWERS[name][4:]))
 
     def forward(self, images, recompute):
         return torch.cat([tower(images, recompute) for tower in self.children()], dim=-1)
 
     def fit(self, images, dtype):
-        """RL4VLA's resize: bicubic in float32 ignoring the aspect ratio, overshoot kept, then the model's dtype."""
+        """RL4VLA's resize: bicubic in float32, aspect ratio ignored, overshoot kept; then dtype."""
         if images.is_floating_point() and images.shape[1:] == (3, *self.size):
             return images
         images = images.permute(0, 3, 1, 2).float()
-        return F.interpolate(images, self.size, mode="bicubic", antialias=True, align_corners=False).to(dtype)
+        return F.interpolate(images, self.size, mode="bicubic", antialias=True).to(dtype)
 
 
 class ConvStem(nn.Module):
-    """The tiny model's eyes: (N, H, W, 3) uint8 crop of the camera image -> one token per cell of `grid`: convolutions,
-    then a transformer that sees all cells."""
+    """The small model's eyes: convolutions, then a transformer in which every cell sees all."""
 
-    def __init__(self, config: dict):
+    def __init__(self, config):
         super().__init__()
-        self.camera, (left, top, right, bottom) = config["camera_size"], config["crop"]
-        self.window = slice(None), slice(top, bottom), slice(left, right)
+        self.camera = tuple(config.camera_size[::-1])  # height, width
+        self.crop = left, top, right, bottom = config.crop
         self.size = (bottom - top, right - left)
-        stride = math.prod(stride for _, _, stride in config["stem"])
-        self.grid = self.size[0] // stride, self.size[1] // stride  # rows and columns of image tokens
-        channels = [3, *(c for c, _, _ in config["stem"])]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(channels[i], c, kernel, stride, padding=(kernel - stride + 1) // 2)
-            for i, (c, kernel, stride) in enumerate(config["stem"])
-        )
-        self.width = self.inner = channels[-1]
-        for conv in self.convs:  # default starts shrink the signal; a position of 0.02 is not seen: both stop learning
+        stride = math.prod(stride for _, _, stride in config.stem)
+        tokens = (self.size[0] // stride) * (self.size[1] // stride)
+        self.convs, self.unread, width = nn.ModuleList(), [], 3
+        for channels, kernel, stride in config.stem:
+            padding = (kernel - stride + 1) // 2
+            self.convs.append(nn.Conv2d(width, channels, kernel, stride, padding))
+            width = channels
+        self.width = self.inner = width
+        # PyTorch's start shrinks the signal, and a position of 0.02 is not seen: both stop learning
+        for conv in self.convs:
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
-        self.pos_embed = nn.Parameter(torch.randn(1, math.prod(self.grid), self.width))
-        heads, mlp_width, depth = config["stem_blocks"]
-        self.blocks = nn.ModuleList(Block(self.width, heads, mlp_width, layer_scale=False) for _ in range(depth))
-        self.norm = nn.LayerNorm(self.width, eps=1e-6)
+        self.pos_embed = nn.Parameter(torch.randn(1, tokens, width))
+        heads, inner, depth = config.stem_blocks
+        self.blocks = nn.ModuleList(Block(width, heads, inner, False) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, images, recompute):
         x = images.permute(0, 3, 1, 2).to(self.pos_embed.dtype) / 127.5 - 1
@@ -156,9 +158,9 @@ class ConvStem(nn.Module):
         """Crop, after a resize where the image is not of the camera's size; stays uint8."""
         if images.shape[1:] == (*self.size, 3):
             return images
-        width, height = self.camera
-        if images.shape[1:3] != (height, width):
+        if images.shape[1:3] != self.camera:
             pixels = images.permute(0, 3, 1, 2).float()
-            pixels = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True, align_corners=False)
+            pixels = F.interpolate(pixels, self.camera, mode="bilinear", antialias=True)
             images = pixels.round().to(torch.uint8).permute(0, 2, 3, 1)
-        return images[self.window].contiguous()
+        left, top, right, bottom = self.crop
+        return images[:, top:bottom, left:right].contiguous()

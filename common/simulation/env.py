@@ -1,18 +1,11 @@
-"""The benchmark scene as one ManiSkill environment: a WidowX-250S puts an object on a receptacle on a table.
+"""The benchmark scene as one ManiSkill environment: a WidowX puts an object on a receptacle.
+Scene, robot, reset, success and reward follow the RL4VLA benchmark (Liu et al. 2025). Departures:
+on a CPU an episode is fixed by its id alone, because the arm is reset before the objects settle and
+only the bodies in play are in the scene (theirs: all 25 objects); and `fidelity="fixed"` moves the
+object of `position_change` once, at rest. Metres, newtons, quaternions wxyz; B environments."""
 
-What differs between the tasks (objects, tables, placement, distractors, arm offsets, compositing, ...) is data in
-`common/simulation/tasks.py`; what differs between asset packs (meshes or primitive shapes) is data in `common/simulation/assets.py`.
-Scene, robot, controller, reset, success and reward follow the RL4VLA benchmark (Liu et al. 2025); the departures are
-* on CPU an episode is fixed by its episode id alone: the arm is reset before the objects settle, and the velocity
-  test after the first 50 substeps of settling, which always fires, is gone;
-* on CPU only the bodies in play are in the scene (the published scene simulates all 25 objects all the time);
-* `fidelity="fixed"` moves the object of `position_change` once, at rest and without extra physics;
-  `"published"` repeats the published side effect: every evaluation at step 5 drops it from 13 cm and runs 50 substeps.
+from functools import partial
 
-Units: metres, radians, newtons, seconds; quaternions are w, x, y, z. B = number of environments (1 on CPU).
-"""
-
-import gymnasium as gym
 import numpy as np
 import sapien
 import torch
@@ -23,69 +16,64 @@ from mani_skill.utils.structs.types import GPUMemoryConfig, SceneConfig, SimConf
 
 from common.simulation.assets import load_pack
 from common.simulation.robot import INITIAL_QPOS, WidowX, quat_to_matrix
-from common.simulation.tasks import composite, decode, get_task, instruction, num_configurations
+from common.simulation.tasks import OBJECTS, composite, decode, instruction, num_configurations
 
 ENV_ID = "CleanVLA-PutOnReceptacle-v1"
-CONTROL_FREQ = 5  # Hz; one control step = 0.2 s
+SCENES = {  # what moves together: the embedded scene, and the study's own
+    "small": dict(
+        assets="primitive", image_size=(160, 120), sim_freq=250, solver_iterations=4,
+        max_episode_steps=40, fidelity="fixed", shader_pack="minimal"),
+    "published": dict(
+        assets="bridge", image_size=(640, 480), sim_freq=500, solver_iterations=15,
+        max_episode_steps=80, fidelity="published", shader_pack="default"),
+}  # fmt: skip
+CONTROL_FREQ = 5  # Hz: a control step is 0.2 s
 CAMERA = "3rd_view_camera"
-BASE_POSE = ((0.147, 0.028, 0.870), (0.0, 0.0, 0.0, 1.0))  # yaw 180 degrees: the arm faces -x
+BASE_POSE = ((0.147, 0.028, 0.870), (0.0, 0.0, 0.0, 1.0))  # the arm faces -x
 HOIST_M = 1.0  # the arm waits this far above the table while the objects settle
-SETTLE_SUBSTEPS, MOVE_SUBSTEPS = 650, 50  # at the published 500 Hz: 1.3 s and 0.1 s
+SETTLE_SUBSTEPS, MOVE_SUBSTEPS = 650, 50  # of 2 ms, as published
 GRASP_FORCE_N, GRASP_ANGLE_DEG, HELD_STEPS = 0.5, 85.0, 5
 XY_MARGIN_M, Z_MARGIN_M, CONTACT_FORCE_N = 0.01, 0.05, 0.03
+NUM_OBJECTS = max(split.stop for split in OBJECTS)
+STATE_SIZE = 23 + 4 + 4 + 3 + 1 + NUM_OBJECTS  # of `state_features`
 
 
-def check_env_args(task, split, assets, image_size, sim_freq, solver_iterations, fidelity):
-    """Raise ValueError / FileNotFoundError naming value, rule and fix; costs milliseconds and loads no simulator."""
-    get_task(task, fidelity)
-    num_configurations(task, split, fidelity)
-    load_pack(assets)
-    width, height = image_size
-    if width % 4 or height % 2 or width * 3 != height * 4 or not 64 <= width <= 1920:
-        raise ValueError(
-            f"image_size = {width}x{height} is not supported: width and height must be even, in the camera's ratio "
-            "4:3, and 64 to 1920 wide; use 160x120 (small model) or 640x480 (published)"
-        )
-    if sim_freq < 50 or sim_freq % CONTROL_FREQ:
-        raise ValueError(f"sim_freq = {sim_freq} Hz must be a multiple of {CONTROL_FREQ} and >= 50; use 250 or 500")
-    if solver_iterations < 1:
-        raise ValueError(f"solver_iterations = {solver_iterations} must be >= 1; use 4 (embedded) or 15 (published)")
+def check_scene(task, split, scene):
+    """ValueError or FileNotFoundError with value, rule and fix; it costs milliseconds."""
+    if scene not in SCENES:
+        raise ValueError(f"scene = {scene!r} is not known; use one of {', '.join(SCENES)}")
+    num_configurations(task, split, SCENES[scene]["fidelity"])
+    load_pack(SCENES[scene]["assets"])
 
 
-@register_env(ENV_ID, max_episode_steps=80)
+@register_env(ENV_ID, max_episode_steps=40)
 class PutOnReceptacleEnv(BaseEnv):
-    """One episode = one id: `reset(options={"episode_ids": ids})`, ids (B,) int, modulo `num_configurations`.
-
-    Args: see `common/simulation/vec_env.py:make_envs`. Observation (ManiSkill layout, mode rgb+segmentation):
-    obs["sensor_data"]["3rd_view_camera"]["rgb"] (B, H, W, 3) uint8, composited over the task's table photo.
-    Action (B, 7): xyz delta (m) and intrinsic-XYZ Euler delta (rad) of the target TCP pose in base axes, gripper
-    1 = open, -1 = closed. Reward mode "dense": difference of the potential 0.1 grasped + 0.1 held + 1.0 success.
-    """
+    """One episode is one id: `reset(options={"episode_ids": ids})`, ids (B,) int.
+    Args: task, split: see tasks.py; the others are a row of SCENES. Nothing ends an episode:
+        max_episode_steps is what `state_features` measures progress by.
+    Observation: ManiSkill's rgb+segmentation, rgb composited over the table's photo:
+        obs["sensor_data"]["3rd_view_camera"]["rgb"] (B, H, W, 3) uint8.
+    Action (B, 7): xyz delta (m) and intrinsic XYZ Euler delta (rad) of the gripper's target pose
+        in base axes; gripper, 1 = open, -1 = closed."""
 
     SUPPORTED_REWARD_MODES = ("dense", "none")
     SUPPORTED_OBS_MODES = ("rgb+segmentation",)
 
     def __init__(
-        self,
-        *args,
-        task="main",
-        split="train",
-        assets="primitive",
-        image_size=(160, 120),
-        sim_freq=250,
-        solver_iterations=4,
-        fidelity="fixed",
-        shader_pack="minimal",
-        **kwargs,
-    ):
-        check_env_args(task, split, assets, image_size, sim_freq, solver_iterations, fidelity)
-        self.pack, self.image_size, self.fidelity = load_pack(assets), tuple(image_size), fidelity
+        self, *args, task="main", split="train", assets="primitive", image_size=(160, 120),
+        sim_freq=250, solver_iterations=4, max_episode_steps=40, fidelity="fixed",
+        shader_pack="minimal", **kwargs):  # fmt: skip
+        assert image_size[0] * 3 == image_size[1] * 4, f"image_size = {image_size} must be 4:3"
+        assert sim_freq % CONTROL_FREQ == 0, f"sim_freq = {sim_freq} is no multiple of 5 Hz"
+        self.pack = load_pack(assets)
+        self.image_size = tuple(image_size)
+        self.fidelity = fidelity
+        self.max_episode_steps = max_episode_steps
+        self.physics = dict(sim_freq=sim_freq, control_freq=CONTROL_FREQ)
+        self.physics["scene_config"] = SceneConfig(solver_position_iterations=solver_iterations)
         self.set_task(task, split)
-        self._frequencies = (sim_freq, solver_iterations)
-        attributes = {"urdf_path": str(self.pack.robot_urdf), "image_size": self.image_size}
-        attributes |= {"shader_pack": shader_pack}
-        robot = type("PackWidowX", (WidowX,), attributes)
-        super().__init__(*args, robot_uids=robot, **kwargs)
+        files = dict(urdf_path=self.pack.robot_urdf, image_size=image_size, shader_pack=shader_pack)
+        super().__init__(*args, robot_uids=type("PackWidowX", (WidowX,), files), **kwargs)
 
     def set_task(self, task, split):
         """Draw the next episodes from another task of the same pack."""
@@ -95,16 +83,14 @@ class PutOnReceptacleEnv(BaseEnv):
     # --- scene ---
     @property
     def _default_sim_config(self):
-        sim_freq, iterations = self._frequencies
-        # PhysX's own size of the collision stack: beyond ManiSkill's 4 MB contacts may be lost, with a log line.
-        settings = {"gpu_memory_config": GPUMemoryConfig(collision_stack_size=64 * 2**20), "spacing": 20}
-        settings |= {"scene_config": SceneConfig(solver_position_iterations=iterations)}
-        return SimConfig(sim_freq=sim_freq, control_freq=CONTROL_FREQ, **settings)
+        # PhysX's own size: with ManiSkill's 4 MB contacts may be lost, with only a log line
+        memory = GPUMemoryConfig(collision_stack_size=64 * 2**20)
+        return SimConfig(**self.physics, gpu_memory_config=memory, spacing=20)
 
     def _load_agent(self, options):
         super()._load_agent(options, sapien.Pose(*BASE_POSE))
-        for entity in (obj.entity for link in self.agent.robot.links for obj in link._objs):
-            body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+        for link in self.agent.robot.links:
+            body = link._objs[0].entity.find_component_by_type(sapien.render.RenderBodyComponent)
             for shape in body.render_shapes if body else ():
                 for part in getattr(shape, "parts", [shape]):
                     part.material.set_specular(0.9)
@@ -121,7 +107,7 @@ class PutOnReceptacleEnv(BaseEnv):
         self.arena = builder.build_static(name="arena")
         self._bodies = {}  # (kind, index) -> Actor ever built
         self._in_play = {}  # (kind, index) -> Actor in the scene now
-        if self.gpu_sim_enabled:  # GPU PhysX cannot add bodies later: build all, park those not in play
+        if self.gpu_sim_enabled:  # bodies cannot be added later: those not in play are parked
             for kind, bodies in (("object", self.pack.objects), ("plate", self.pack.plates)):
                 for index in range(len(bodies)):
                     self._in_play[kind, index] = self._build_body(kind, index)
@@ -130,23 +116,22 @@ class PutOnReceptacleEnv(BaseEnv):
         builder = self.scene.create_actor_builder()
         self.pack.add_body(builder, kind, index)
         builder.initial_pose = sapien.Pose(*_parking(kind, index))
-        self._bodies[kind, index] = builder.build(name=f"{kind}_{index}")
-        return self._bodies[kind, index]
+        actor = self._bodies[kind, index] = builder.build(name=f"{kind}_{index}")
+        return actor
 
     def _bring_into_play(self, wanted):
-        """CPU: a new PhysX world with robot, table and exactly the `wanted` (kind, index) bodies.
-
-        PhysX orders contacts by what happened in its world before, and grasps amplify that to centimetres; a world per
-        episode (1 ms) makes an episode a function of its id alone. Bodies not in play cost nothing.
-        """
+        """On a CPU: a new PhysX world with robot, table and the `wanted` (kind, index) bodies.
+        PhysX orders contacts by its world's past, and grasps amplify that to centimetres. A world
+        per episode (1 ms) makes an episode a function of its id alone."""
         for actor in self._in_play.values():
             actor._objs[0].remove_from_scene()
             del self.scene.actors[actor.name]
-        old_scene, physx_system = self.scene.sub_scenes[0], sapien.physx.PhysxCpuSystem()
+        old_scene = self.scene.sub_scenes[0]
+        physx_system = sapien.physx.PhysxCpuSystem()
         physx_system.timestep = self.scene.px.timestep
         scene = sapien.Scene([physx_system, old_scene.render_system])
         entities = list(old_scene.entities)
-        for entity in entities:  # all leave before the first enters: links of an arm cannot be in two scenes
+        for entity in entities:  # all leave before the first enters: an arm cannot be in two scenes
             entity.remove_from_scene()
         for entity in entities:
             scene.add_entity(entity)
@@ -154,153 +139,165 @@ class PutOnReceptacleEnv(BaseEnv):
         self._in_play = {}
         for key in wanted:
             if key in self._bodies:
-                actor = self._bodies[key]
-                scene.add_entity(actor._objs[0])
-                self.scene.actors[actor.name] = actor
-            else:
-                actor = self._build_body(*key)
-            self._in_play[key] = actor
+                scene.add_entity(self._bodies[key]._objs[0])
+            actor = self._bodies.get(key) or self._build_body(*key)
+            self._in_play[key] = self.scene.actors[actor.name] = actor
 
     # --- reset ---
     def _initialize_episode(self, env_idx, options):
         if len(env_idx) != self.num_envs:
-            raise ValueError(f"reset of {len(env_idx)} of {self.num_envs} environments: only full batches can settle")
+            raise ValueError(f"{len(env_idx)} of {self.num_envs} environments: all settle at once")
         ids = options.get("episode_ids")
         if ids is None:
-            number = num_configurations(self.task, self.split, self.fidelity)
-            ids = self._batched_episode_rng.randint(min(number, 2**31 - 1))
+            most = num_configurations(self.task, self.split, self.fidelity)
+            ids = self._batched_episode_rng.randint(min(most, 2**31 - 1))
         ids = np.asarray(ids, dtype=np.int64).reshape(self.num_envs)
-        self.episode_ids, self.episodes = ids, decode(self.task, self.split, ids, self.fidelity)
-        e = self.episodes
-        self.third_kind = e.third if e.third in ("object", "plate") and (e.third_index >= 0).any() else None
-        spawns = [("object", e.object, e.object_xyz, e.object_quat), ("plate", e.plate, e.plate_xyz, e.plate_quat)]
-        if self.third_kind:
-            spawns.append((self.third_kind, e.third_index, e.third_xyz, e.third_quat))
+        self.episodes = e = decode(self.task, self.split, ids, self.fidelity)
+        spawns = [("object", e.object, e.object_xyz, e.object_quat)]
+        spawns.append(("plate", e.plate, e.plate_xyz, e.plate_quat))
+        if e.third in ("object", "plate") and (e.third_index >= 0).any():
+            spawns.append((e.third, e.third_index, e.third_xyz, e.third_quat))
         if not self.gpu_sim_enabled:
             self._bring_into_play([(kind, int(index[0])) for kind, index, _, _ in spawns])
-        robot = self.agent.robot
+        # The bodies settle while the arm is out of the way
+        robot, base = self.agent.robot, sapien.Pose(*BASE_POSE)
+        joints = (robot.active_joints, torch.arange(8, device=self.device))
         qpos = torch.tensor(INITIAL_QPOS, device=self.device).repeat(self.num_envs, 1)
-        base = sapien.Pose(*BASE_POSE)
         robot.set_pose(sapien.Pose([0, 0, HOIST_M]) * base)
         robot.set_qpos(qpos)
-        robot.set_joint_drive_targets(qpos, robot.active_joints, torch.arange(8, device=self.device))
+        robot.set_joint_drive_targets(qpos, *joints)
         for (kind, index), actor in self._in_play.items():
-            pose = torch.tensor(np.concatenate(_parking(kind, index)), dtype=torch.float32).repeat(self.num_envs, 1)
-            for spawn_kind, indices, xyz, quat in spawns:
-                chosen = torch.as_tensor((indices == index) & (spawn_kind == kind))
-                spawn = torch.as_tensor(np.concatenate([xyz, quat], axis=1), dtype=torch.float32)
-                pose = torch.where(chosen[:, None], spawn, pose)
-            actor.set_pose(Pose.create(pose.to(self.device)))
-            actor.set_linear_velocity(torch.zeros(self.num_envs, 3, device=self.device))
-            actor.set_angular_velocity(torch.zeros(self.num_envs, 3, device=self.device))
+            self._place_body(kind, index, actor, spawns)
         self._simulate(SETTLE_SUBSTEPS)
         robot.set_pose(base)
-        qpos[:, :6] += torch.as_tensor(e.arm_offset, dtype=torch.float32, device=self.device)
+        qpos[:, :6] += torch.as_tensor(e.arm_offset, device=self.device)
         robot.set_qpos(qpos)
         robot.set_qvel(torch.zeros_like(qpos))
-        robot.set_joint_drive_targets(qpos, robot.active_joints, torch.arange(8, device=self.device))
-
+        robot.set_joint_drive_targets(qpos, *joints)
         self.object_rest_pose = self._pose("object").clone()
-        self.object_half, self.plate_half = self._half_extents("object"), self._half_extents("plate")
+        self._measure_bodies()
         self._grasp_count = np.zeros(self.num_envs, dtype=int)
-        self._ever = {key: np.zeros(self.num_envs, dtype=bool) for key in ("grasped", "held", "success")}
+        self._ever = dict.fromkeys(("grasped", "held", "success"), np.zeros(self.num_envs, bool))
         self._potential = torch.zeros(self.num_envs, device=self.device)
         self._load_images()
 
-    def _simulate(self, substeps_at_500_hz):
-        """Let the world run for the time of `substeps_at_500_hz` published substeps of 2 ms."""
+    def _place_body(self, kind, index, actor, spawns):
+        """Put a body at rest where its environments' `spawns` say, else where it is parked."""
+        pose = torch.tensor(np.concatenate(_parking(kind, index)), dtype=torch.float32)
+        for spawn_kind, indices, xyz, quat in spawns:
+            chosen = torch.as_tensor((indices == index) & (spawn_kind == kind))
+            spawn = torch.as_tensor(np.concatenate([xyz, quat], axis=1))
+            pose = torch.where(chosen[:, None], spawn, pose)
+        actor.set_pose(Pose.create(pose.expand(self.num_envs, 7).to(self.device)))
+        nothing = torch.zeros(self.num_envs, 3, device=self.device)
+        actor.set_linear_velocity(nothing)
+        actor.set_angular_velocity(nothing)
+
+    def _simulate(self, substeps):
+        """Let the world run for the time of so many published substeps of 2 ms."""
         if self.gpu_sim_enabled:
             self.scene._gpu_apply_all()
-        for _ in range(round(substeps_at_500_hz * self.sim_freq / 500)):
+        for _ in range(round(substeps * self.sim_freq / 500)):
             self.scene.step()
         if self.gpu_sim_enabled:
             self.scene._gpu_fetch_all()
 
     def _load_images(self):
-        """Table photos (B, H, W, 3) and, when the task composites with textures, textures and their weights (B,)."""
-        e, size = self.episodes, self.image_size
-        stack = lambda images: torch.as_tensor(np.stack(images), device=self.device)  # noqa: E731
-        self.backgrounds = stack([self.pack.background(int(k), *size) for k in e.table])
+        """Table photos (B, H, W, 3), and for tasks with textures these and their weights (B,)."""
+        e, pack, size = self.episodes, self.pack, self.image_size
+        photos = np.stack([pack.background(int(k), *size) for k in e.table])
+        self.backgrounds = torch.as_tensor(photos, device=self.device)
         self.textures, self.mix = None, torch.zeros(self.num_envs, device=self.device)
         if e.composite != "plain":
-            self.textures = stack([self.pack.texture(int(k), *size) for k in e.texture])
-            self.mix = torch.tensor([self.pack.texture_mix(int(k)) for k in e.texture], device=self.device)
+            textures = np.stack([pack.texture(int(k), *size) for k in e.texture])
+            self.textures = torch.as_tensor(textures, device=self.device)
+            self.mix = torch.tensor([pack.mixes[int(k)] for k in e.texture], device=self.device)
 
     # --- state of the bodies in play ---
-    def _indices(self, which):
-        return self.episodes.third_index if which == "third" else getattr(self.episodes, which)
-
     def _for_selected(self, which, function):
-        """`function(actor) -> (B, ...)` of the body that plays `which` ("object", "plate", "third") in each env."""
-        kind = self.third_kind if which == "third" else which
-        indices = self._indices(which)
+        """`function(actor) -> (B, ...)` of each environment's own "object" or "plate"."""
+        indices = getattr(self.episodes, which)
         if not self.gpu_sim_enabled:
-            return function(self._in_play[kind, int(indices[0])])
-        indices = np.where(indices < 0, indices.max(), indices)  # published multi_carrot: some have no third body
+            return function(self._in_play[which, int(indices[0])])
         used = np.unique(indices)
-        values = torch.stack([function(self._in_play[kind, int(k)]) for k in used])  # (bodies, B, ...)
+        values = torch.stack([function(self._in_play[which, int(k)]) for k in used])
         row = torch.as_tensor(np.searchsorted(used, indices), device=self.device)
         return values[row, torch.arange(self.num_envs, device=self.device)]
 
     def _pose(self, which):
         return self._for_selected(which, lambda actor: actor.pose.raw_pose)  # (B, 7)
 
-    def bounding_boxes(self, which):
-        """(B, 2, 3) min and max corner of the body's collision shapes in its own frame."""
-        bodies = self.pack.plates if (self.third_kind if which == "third" else which) == "plate" else self.pack.objects
-        return np.stack([[bodies[int(k)].bbox_min, bodies[int(k)].bbox_max] for k in self._indices(which)])
-
-    def _half_extents(self, which):
-        """World-axis half extents (B, 3) after settling; as published, the offset of the box centre is ignored."""
-        boxes = self.bounding_boxes(which)
-        rotation = quat_to_matrix(self._pose(which)[:, 3:].cpu().numpy())
-        return (np.abs(rotation) @ ((boxes[:, 1] - boxes[:, 0]) / 2)[:, :, None])[:, :, 0]
+    def _measure_bodies(self):
+        """Boxes (B, 2, 3): least and largest corner of the collision shapes in the frame of each.
+        Half extents (B, 3) in world axes; as published, the offset of the box is ignored."""
+        self.boxes, self.half = {}, {}
+        for which, bodies in (("object", self.pack.objects), ("plate", self.pack.plates)):
+            chosen = [bodies[k] for k in getattr(self.episodes, which)]
+            self.boxes[which] = np.array([(body.bbox_min, body.bbox_max) for body in chosen])
+            half = (self.boxes[which][:, 1] - self.boxes[which][:, 0]) / 2
+            rotation = quat_to_matrix(self._pose(which)[:, 3:].cpu().numpy())
+            self.half[which] = (np.abs(rotation) @ half[:, :, None])[:, :, 0]
 
     def instructions(self):
         """list[str] (B,)"""
-        e, pack = self.episodes, self.pack
-        return [
-            instruction(t, pack.objects[o].name, pack.plates[p].name)
-            for t, o, p in zip(e.template, e.object, e.plate, strict=True)
-        ]
+        objects = [self.pack.objects[k].name for k in self.episodes.object]
+        plates = [self.pack.plates[k].name for k in self.episodes.plate]
+        return list(map(instruction, self.episodes.template, objects, plates))
 
     def privileged_state(self):
-        """dict of numpy arrays (B, ...) for experts and analysis; never an input of the policy."""
-        arm = self.agent.controller.controllers["arm"]
-        as_numpy = lambda tensor: tensor.detach().cpu().numpy().copy()  # noqa: E731
-        base = self.agent.robot.pose
-        state = {f"{which}_pose": as_numpy(self._pose(which)) for which in ("object", "plate")}
-        nowhere = np.full_like(state["object_pose"], np.nan)
-        third_pose = as_numpy(self._pose("third")) if self.third_kind else nowhere
-        state["third_pose"] = np.where(self.episodes.third_index[:, None] < 0, nowhere, third_pose)
-        state |= {f"{which}_bbox": self.bounding_boxes(which) for which in ("object", "plate")}
-        state |= {f"{which}_index": np.asarray(getattr(self.episodes, which)) for which in ("object", "plate", "table")}
-        state["tcp_pose"] = as_numpy(arm.ee_pose.raw_pose)
-        state["tcp_target_pose"] = as_numpy((base * arm._target_pose).raw_pose)
-        state["base_pose"] = as_numpy(base.raw_pose)
-        state["finger_qpos"] = as_numpy(self.agent.robot.get_qpos()[:, 6:8])
+        """dict of arrays (B, ...) for experts and critics; never an input of the policy."""
+        arm, base = self.agent.controller.controllers["arm"], self.agent.robot.pose
+        tensors = dict(object_pose=self._pose("object"), plate_pose=self._pose("plate"))
+        tensors["tcp_pose"] = arm.ee_pose.raw_pose
+        tensors["tcp_target_pose"] = (base * arm._target_pose).raw_pose
+        tensors["base_pose"] = base.raw_pose
+        tensors["finger_qpos"] = self.agent.robot.get_qpos()[:, 6:8]
+        state = {key: value.detach().cpu().numpy().copy() for key, value in tensors.items()}
+        for which in ("object", "plate"):
+            state[f"{which}_bbox"] = self.boxes[which]
+            state[f"{which}_index"] = getattr(self.episodes, which)
         return state
+
+    def state_features(self):
+        """(B, STATE_SIZE) float32, what a state critic reads; progress, or no value is right."""
+        s = self.privileged_state()
+        thing, plate, tcp = s["object_pose"], s["plate_pose"], s["tcp_pose"]
+        base = s["base_pose"][:, :3]
+        metres = [
+            thing[:, :3] - tcp[:, :3], plate[:, :3] - thing[:, :3],
+            s["tcp_target_pose"][:, :3] - tcp[:, :3], thing[:, :3] - base, tcp[:, :3] - base,
+            s["object_bbox"].reshape(self.num_envs, 6), s["finger_qpos"]]  # fmt: skip
+        # An object pushed through the table falls 300 m, and unbounded would drown a whole rollout
+        decimetres = (10 * np.concatenate(metres, axis=1)).clip(-10, 10)
+        flags = np.stack([self._ever["grasped"], self._ever["held"], self._success], axis=1)
+        progress = self._elapsed_steps.cpu().numpy()[:, None] / self.max_episode_steps
+        which = np.eye(NUM_OBJECTS)[s["object_index"]]
+        features = (decimetres, thing[:, 3:], tcp[:, 3:], flags, progress, which)
+        return np.concatenate(features, axis=1).astype(np.float32)
 
     # --- step ---
     def _step_action(self, action):
-        action = torch.as_tensor(action, dtype=torch.float32, device=self.device).reshape(self.num_envs, 7)
+        action = torch.as_tensor(action, dtype=torch.float32, device=self.device).reshape(-1, 7)
         if not torch.isfinite(action).all():
             raise ValueError(f"action {action.tolist()} is not finite; check the policy's outputs")
         self.agent.set_action(action)
         if self.gpu_sim_enabled:
             self.scene.px.gpu_apply_articulation_target_position()
-        for _ in range(self._sim_steps_per_control):  # the drive target is held for the whole control step
+        for _ in range(self._sim_steps_per_control):
             self.scene.step()
         if self.gpu_sim_enabled:
             self.scene._gpu_fetch_all()
-        if self.fidelity == "fixed" and self._moves_now(self._elapsed_steps + 1):
+        if self.fidelity == "fixed" and self._elapsed_steps[0] + 1 == self.episodes.move_at:
             pose = self.object_rest_pose.clone()
-            pose[:, :2] = torch.as_tensor(self.episodes.third_xyz[:, :2], dtype=torch.float32)
+            pose[:, :2] = torch.as_tensor(self.episodes.third_xyz[:, :2])
             self._teleport_object(pose, keep_velocity=False)
         return action
 
-    def _moves_now(self, elapsed):
-        return self.episodes.move_at is not None and int(elapsed[0]) == self.episodes.move_at
+    def _move_as_published(self):
+        """The object falls from 13 cm and time goes on, in every evaluation at that step."""
+        pose = np.concatenate([self.episodes.third_xyz, self.episodes.object_quat], axis=1)
+        self._teleport_object(torch.as_tensor(pose, device=self.device), keep_velocity=True)
+        self._simulate(MOVE_SUBSTEPS)
 
     def _teleport_object(self, pose, keep_velocity):
         for index in np.unique(self.episodes.object):
@@ -315,52 +312,62 @@ class PutOnReceptacleEnv(BaseEnv):
             self.scene._gpu_fetch_all()
 
     def evaluate(self):
-        """Called once per control step, after its physics: contact forces are those of the last substep."""
-        if self.fidelity == "published" and self._moves_now(self._elapsed_steps):
-            e = self.episodes
-            pose = np.concatenate([e.third_xyz, e.object_quat], axis=1)
-            self._teleport_object(torch.as_tensor(pose, dtype=torch.float32, device=self.device), keep_velocity=True)
-            self._simulate(MOVE_SUBSTEPS)
-        as_numpy = lambda tensor: tensor.cpu().numpy()  # noqa: E731  (sooner than torch for so few numbers)
+        """ManiSkill's success test, once per control step: forces are of the last substep."""
+        if self.fidelity == "published" and self._elapsed_steps[0] == self.episodes.move_at:
+            self._move_as_published()
+        grasped = self._grasped()
+        self._success = self._placed()
+        self._grasp_count = np.where(grasped, self._grasp_count + 1, 0)
+        held = self._grasp_count >= HELD_STEPS
+        now = {"grasped": grasped, "held": held, "success": self._success}
+        self._ever = {key: self._ever[key] | now[key] for key in now}
+        info = dict(self._ever, success=self._success, success_once=self._ever["success"])
+        return {key: torch.as_tensor(value, device=self.device) for key, value in info.items()}
+
+    def _grasped(self):
+        """(B,) bool: both fingers press the object, about in the direction in which they close."""
         force = self.scene.get_pairwise_contact_forces
         grasped = np.ones(self.num_envs, dtype=bool)
         for link, sign in ((self.agent.finger1_link, 1.0), (self.agent.finger2_link, -1.0)):
-            push = as_numpy(self._for_selected("object", lambda actor, link=link: force(link, actor)))  # (B, 3)
+            push = self._for_selected("object", partial(force, link)).cpu().numpy()  # (B, 3)
             newtons = np.linalg.norm(push, axis=1)
             grasped &= newtons >= GRASP_FORCE_N
-            if not grasped.any():  # mostly so; a link's pose is slow to read
+            if not grasped.any():  # mostly so, and a link's pose is slow to read
                 break
-            opening = sign * quat_to_matrix(as_numpy(link.pose.raw_pose[:, 3:]))[:, :, 1]
-            cosine = (push * opening).sum(1) / np.maximum(newtons, 1e-9)
+            rotation = quat_to_matrix(link.pose.raw_pose[:, 3:].cpu().numpy())
+            cosine = (push * sign * rotation[:, :, 1]).sum(1) / np.maximum(newtons, 1e-9)
             grasped &= cosine >= np.cos(np.deg2rad(GRASP_ANGLE_DEG))
-        self._grasp_count = np.where(grasped, self._grasp_count + 1, 0)
-        x, y, z = as_numpy(self._pose("object")[:, :3] - self._pose("plate")[:, :3]).T
-        placed = np.hypot(x, y) <= self.plate_half.max(axis=1) + XY_MARGIN_M
-        placed &= (z > 0) & (z - self.plate_half[:, 2] - self.object_half[:, 2] <= Z_MARGIN_M)
+        return grasped
+
+    def _placed(self):
+        """(B,) bool: the object is over the receptacle, close above it, and touches it."""
+        offset = self._pose("object")[:, :3] - self._pose("plate")[:, :3]
+        x, y, z = offset.cpu().numpy().T
+        gap = z - self.half["plate"][:, 2] - self.half["object"][:, 2]
+        placed = np.hypot(x, y) <= self.half["plate"].max(axis=1) + XY_MARGIN_M
+        placed &= (z > 0) & (gap <= Z_MARGIN_M)
         if placed.any():
-            touch = self._for_selected("object", lambda a: self._for_selected("plate", lambda b: force(a, b)))  # (B, 3)
-            placed &= np.linalg.norm(as_numpy(touch), axis=1) > CONTACT_FORCE_N
-        now = {"grasped": grasped, "held": self._grasp_count >= HELD_STEPS, "success": placed}
-        self._ever = {key: self._ever[key] | now[key] for key in now}
-        info = self._ever | {"success": placed, "success_once": self._ever["success"]}
-        return {key: torch.as_tensor(value, device=self.device) for key, value in info.items()}
+            force = self.scene.get_pairwise_contact_forces
+            on_plate = lambda body: self._for_selected("plate", partial(force, body))  # noqa: E731
+            touch = self._for_selected("object", on_plate).cpu().numpy()
+            placed &= np.linalg.norm(touch, axis=1) > CONTACT_FORCE_N
+        return placed
 
     def compute_dense_reward(self, obs, action, info):
-        """(B,) float32: potential now minus potential one step ago; the return is 0, 0.1, 0.2, 1.1 or 1.2."""
-        potential = 0.1 * info["grasped"].float() + 0.1 * info["held"].float()
-        potential = potential + (info["success"] & info["grasped"]).float()
-        reward, self._potential = potential - self._potential, potential
-        return reward
+        """(B,) float32: what the potential 0.1 grasped + 0.1 held + 1.0 success gained."""
+        before = self._potential
+        self._potential = 0.1 * info["grasped"].float() + 0.1 * info["held"].float()
+        self._potential += (info["success"] & info["grasped"]).float()
+        return self._potential - before
 
     # --- observation ---
     def _get_obs_with_sensor_data(self, info, apply_texture_transforms=True):
         sensor_data = self._get_obs_sensor_data(apply_texture_transforms)
-        image, segmentation = sensor_data[CAMERA]["rgb"], sensor_data[CAMERA]["segmentation"][..., 0]
+        camera, e = sensor_data[CAMERA], self.episodes
+        segmentation = camera["segmentation"][..., 0]
         foreground = (segmentation != 0) & (segmentation != self.arena.per_scene_id[0])
-        e = self.episodes
-        sensor_data[CAMERA]["rgb"] = composite(
-            image, foreground, self.backgrounds, self.textures, self.mix, e.composite, e.ratio, self.fidelity
-        )
+        texture = (self.textures, self.mix, e.composite, e.ratio, self.fidelity)
+        camera["rgb"] = composite(camera["rgb"], foreground, self.backgrounds, *texture)
         return {"sensor_data": sensor_data}
 
 
@@ -369,7 +376,7 @@ def _parking(kind, index):
     return (1.0 if kind == "object" else 2.0, 0.3 * index, 1.0), (0.0, 0.0, 0.0, 1.0)
 
 
-def make_env(num_envs=1, sim_backend="physx_cpu", render_backend="cpu", **kwargs):
-    """One ManiSkill environment (CPU: exactly one episode at a time; CUDA: `num_envs` in one simulation)."""
-    env = gym.make(ENV_ID, num_envs=num_envs, sim_backend=sim_backend, render_backend=render_backend, **kwargs)
-    return env.unwrapped
+def make_env(num_envs=1, sim_backend="physx_cpu", render_backend="cpu", **settings):
+    """One environment: on a CPU one episode at a time, on a GPU `num_envs` in one simulation."""
+    backends = dict(sim_backend=sim_backend, render_backend=render_backend)
+    return PutOnReceptacleEnv(num_envs=num_envs, **backends, **settings)

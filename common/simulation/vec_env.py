@@ -1,287 +1,288 @@
-"""Many environments on any machine behind one interface: worker processes on CPU, one batched simulation on CUDA.
-
-CPU PhysX simulates one environment per scene, so each worker process holds several scenes and steps them in turn;
-images and scalars travel through shared memory, commands through pipes. On CPU an episode id alone fixes an episode,
-so results do not depend on how many environments or workers there are. N = num_envs.
-"""
+"""Many environments behind gymnasium's vector interface: processes on a CPU, one batch on a GPU.
+The vector environment owns episodes: `reset` takes a stream of episode ids per environment, and
+where an episode ends, the next one begins in the same step (AutoresetMode.SAME_STEP). On a CPU an
+id alone fixes an episode: results do not depend on how many environments or workers there are."""
 
 import ctypes
 import multiprocessing
 import os
 import traceback
+from contextlib import suppress
 from multiprocessing.connection import wait
 
 import numpy as np
 
-from common.simulation.env import check_env_args
+from common.run.ranks import cores_per_rank
+from common.simulation.env import CAMERA, SCENES, STATE_SIZE, check_scene, make_env
 
-# One row per value an environment reports: name, dtype. Together with `images` this is the whole shared memory.
-SCALARS = (
-    ("rewards", np.float32),
-    ("return", np.float32),
-    ("elapsed_steps", np.int32),
-    ("success", np.bool_),
-    ("success_once", np.bool_),
-    ("grasped", np.bool_),
-    ("held", np.bool_),
-)
-INFO_KEYS = tuple(name for name, _ in SCALARS if name not in ("rewards", "return"))  # what an environment's info has
-START_TIMEOUT_S, STEP_TIMEOUT_S = 300, 300
+TIMEOUT_S = 300  # of a worker's answer
+# What an environment tells about a step; all but the reward are of the episode so far
+SCALARS = ("reward", "success", "success_once", "grasped", "held", "elapsed_steps")
 
 
 def make_envs(
-    task="main",
-    split="train",
-    num_envs=64,
-    *,
-    assets="primitive",
-    image_size=(160, 120),
-    sim_freq=250,
-    solver_iterations=4,
-    max_episode_steps=40,
-    fidelity="fixed",
-    shader_pack="minimal",
-    num_workers=0,
-    device="cpu",
-):
-    """Environments with `reset`, `step`, `privileged_state`, `set_task`, `close`; see `CpuEnvs` for shapes.
-
-    Args:
-        task, split: a row of `common/simulation/tasks.py`; assets: "primitive" or "bridge" (`common/simulation/assets.py`).
-        image_size: (W, H) pixels, 4:3. sim_freq: Hz. solver_iterations: PhysX position iterations.
-        max_episode_steps: control steps of 0.2 s until `dones`. fidelity: "fixed" or "published".
-        num_workers: CPU processes; 0 = one per core. device: "cpu", or "cuda" for the batched GPU simulation.
-    Raises: ValueError / FileNotFoundError that name value, rule and fix, before anything slow starts.
-    """
+    num_envs, task="main", split="train", scene="small", sim_device="cpu", reset_after_success=0,
+    state=False):  # fmt: skip
+    """A `VectorEnv`; ValueError or FileNotFoundError before anything slow starts.
+    task, split: a row of common/simulation/tasks.py and its configurations, train or test.
+    scene: "small" or "published", a row of SCENES. sim_device: "cpu" or "cuda".
+    reset_after_success: an episode ends when success has lasted so many steps; 0 = never.
+    state: infos["state"] has what a critic may see of the simulator."""
+    check_scene(task, split, scene)
     if num_envs < 1:
-        raise ValueError(f"num_envs = {num_envs} must be >= 1; use 64 (default), or less on a small machine")
-    if max_episode_steps < 1:
-        raise ValueError(f"max_episode_steps = {max_episode_steps} must be >= 1; use 40 (embedded) or 80 (published)")
-    if num_workers < 0:
-        raise ValueError(f"num_workers = {num_workers} must be >= 0; use 0 for one per core")
-    check_env_args(task, split, assets, image_size, sim_freq, solver_iterations, fidelity)
-    kwargs = dict(task=task, split=split, assets=assets, image_size=tuple(image_size), sim_freq=sim_freq,
-                  solver_iterations=solver_iterations, fidelity=fidelity, shader_pack=shader_pack)  # fmt: skip
-    if device.startswith("cuda"):
-        return GpuEnvs(num_envs, max_episode_steps, kwargs)
-    return CpuEnvs(num_envs, max_episode_steps, kwargs, num_workers or len(os.sched_getaffinity(0)))
+        raise ValueError(f"num_envs = {num_envs} must be >= 1; use 64")
+    if sim_device == "cuda" and reset_after_success:
+        why = "on a GPU all episodes end together; use 0, or --sim-device cpu"
+        raise ValueError(f"reset_after_success = {reset_after_success}: {why}")
+    make = GpuEnvs if sim_device == "cuda" else CpuEnvs
+    return make(num_envs, dict(SCENES[scene], task=task, split=split), reset_after_success, state)
 
 
-class CpuEnvs:
-    """N environments in worker processes.
+class VectorEnv:
+    """Episodes of N environments, which `CpuEnvs` and `GpuEnvs` simulate.
+    reset(streams) -> obs, infos
+    step(actions (N, 7) float32) -> obs, rewards, terminations, truncations, infos
+        actions: xyz delta (m) and Euler delta (rad) of the gripper; the last one > 0.5 opens it
+        obs (N, H, W, 3) uint8; rewards (N,) float32; terminations (success has lasted) and
+        truncations (step limit) (N,) bool
+    infos: instruction: list of N str, and state (N, D) float32, D = 0 unless asked for: of obs
+        success (N,) bool: of the step that was made
+        active (N,) bool: False where the stream is exhausted; such an environment stands still
+        episode: dict of (K,) arrays of the K episodes that ended: env, id, length, return,
+            success_at_end, success_once, grasped, held, success_steps
+        final_obs (K, H, W, 3): their last pictures, which obs no longer shows"""
 
-    reset(episode_ids (N,) or (len(env_ids),), env_ids=None) -> images (N, H, W, 3) uint8, instructions list[str] (N,)
-    step(actions (N, 7) float32; gripper > 0.5 opens, else closes)
-        -> images, rewards (N,) float32, dones (N,) bool: the step limit, infos: dict (N,) (`INFO_KEYS`, return)
-    There is no auto-reset. All returned arrays are copies.
-    """
+    def __init__(self, num_envs, settings, reset_after_success, state):
+        self.num_envs = num_envs
+        self.max_episode_steps = settings["max_episode_steps"]
+        self.fidelity = settings["fidelity"]
+        self.reset_after_success = reset_after_success
+        self.with_state = state
+        width, height = settings["image_size"]
+        self.images = np.zeros((num_envs, height, width, 3), np.uint8)
+        self.states = np.zeros((num_envs, STATE_SIZE if state else 0), np.float32)
+        self.instructions = [""] * num_envs
+        self.scalars = {name: np.zeros(num_envs, np.float32) for name in SCALARS}
 
-    def __init__(self, num_envs, max_episode_steps, env_kwargs, num_workers):
-        self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
-        self.image_size, self.fidelity = env_kwargs["image_size"], env_kwargs["fidelity"]
-        width, height = self.image_size
-        context = multiprocessing.get_context("spawn")  # Vulkan and torch threads do not survive a fork
-        self._memory = {"images": context.RawArray(ctypes.c_uint8, num_envs * height * width * 3)}
-        self._memory["actions"] = context.RawArray(ctypes.c_float, num_envs * 7)
-        for name, dtype in SCALARS:
-            self._memory[name] = context.RawArray(ctypes.c_uint8, num_envs * np.dtype(dtype).itemsize)
-        self._views = _views(self._memory, num_envs, height, width)
-        self._instructions = [""] * num_envs
-        self._workers = []
-        for rows in np.array_split(np.arange(num_envs), min(num_workers, num_envs)):
+    def reset(self, streams):
+        if len(streams) != self.num_envs:
+            raise ValueError(f"{len(streams)} streams of episode ids, not {self.num_envs}")
+        self.streams = streams
+        self.active = np.ones(self.num_envs, bool)
+        self.ids = np.zeros(self.num_envs, np.int64)
+        self.returns = np.zeros(self.num_envs, np.float32)
+        self.success_steps = np.zeros(self.num_envs, np.int64)
+        self._begin_next(np.arange(self.num_envs))
+        return self.images.copy(), self._infos()
+
+    def step(self, actions):
+        actions = np.asarray(actions, np.float32).copy()
+        if actions.shape != (self.num_envs, 7):
+            raise ValueError(f"actions are {actions.shape}, they must be ({self.num_envs}, 7)")
+        # The published policy-side decode of the gripper: 1 opens, -1 closes
+        actions[:, 6] = np.where(actions[:, 6] > 0.5, 1.0, -1.0)
+        self._simulate(actions)
+        now = {name: values.copy() for name, values in self.scalars.items()}
+        now["reward"][~self.active] = 0.0
+        success = now["success"].astype(bool)
+        self.returns += now["reward"]
+        self.success_steps = np.where(success, self.success_steps + 1, 0)
+        truncated = self.active & (now["elapsed_steps"] >= self.max_episode_steps)
+        terminated = self.active & (self.success_steps >= (self.reset_after_success or np.inf))
+        ended = np.flatnonzero(terminated | truncated)
+        episode = {"env": ended, "id": self.ids[ended], "return": self.returns[ended]}
+        episode["length"] = now["elapsed_steps"][ended].astype(np.int64)
+        episode["success_at_end"] = success[ended]
+        episode["success_steps"] = self.success_steps[ended]
+        for name in ("success_once", "grasped", "held"):
+            episode[name] = now[name][ended].astype(bool)
+        final_obs = self.images[ended]
+        self._begin_next(ended)
+        infos = dict(self._infos(), success=success, episode=episode, final_obs=final_obs)
+        return self.images.copy(), now["reward"], terminated, truncated, infos
+
+    def _begin_next(self, envs):
+        """Begin the next episode of the stream in each of these environments."""
+        ids = {}
+        for env in envs.tolist():
+            episode_id = next(self.streams[env], None)
+            self.active[env] = episode_id is not None
+            if episode_id is not None:
+                ids[env] = self.ids[env] = int(episode_id)
+        self.returns[envs] = 0.0
+        self.success_steps[envs] = 0
+        if ids:
+            self._begin(ids)
+
+    def _infos(self):
+        active, state = self.active.copy(), self.states.copy()
+        return {"instruction": list(self.instructions), "state": state, "active": active}
+
+
+class CpuEnvs(VectorEnv):
+    """Environments in worker processes, by default as many as this rank has cores."""
+
+    def __init__(self, num_envs, settings, reset_after_success, state, num_workers=None):
+        super().__init__(num_envs, settings, reset_after_success, state)
+        context = multiprocessing.get_context("spawn")  # Vulkan does not survive a fork
+        # Pictures travel through shared memory, all else through pipes
+        memory = context.RawArray(ctypes.c_uint8, self.images.size)
+        self.images = np.frombuffer(memory, np.uint8).reshape(self.images.shape)
+        self.workers = []
+        num_workers = min(num_workers or cores_per_rank(), num_envs)
+        for envs in np.array_split(np.arange(num_envs), num_workers):
             ours, theirs = context.Pipe()
-            args = (theirs, self._memory, rows.tolist(), num_envs, env_kwargs)
-            process = context.Process(target=_worker, args=args, daemon=True)
+            work = (theirs, memory, self.images.shape, envs.tolist(), settings, state)
+            process = context.Process(target=_worker, args=work, daemon=True)
             process.start()
             theirs.close()
-            self._workers.append((process, ours, rows))
+            self.workers.append((process, ours, envs))
         try:
-            self._gather(START_TIMEOUT_S)
+            self._gather()
         except BaseException:
             self.close()
             raise
 
-    def reset(self, episode_ids, env_ids=None):
-        env_ids = np.arange(self.num_envs) if env_ids is None else np.asarray(env_ids, dtype=np.int64)
-        episode_ids = np.asarray(episode_ids, dtype=np.int64)
-        if episode_ids.shape != env_ids.shape:
-            raise ValueError(f"episode_ids {episode_ids.shape} and env_ids {env_ids.shape} must have the same shape")
-        ids = dict(zip(env_ids.tolist(), episode_ids.tolist(), strict=True))
-        for _, pipe, rows in self._workers:
-            self._send(pipe, ("reset", {row: ids[row] for row in rows.tolist() if row in ids}))
-        for answer in self._gather():
-            for row, text in answer.items():
-                self._instructions[row] = text
-        return self._views["images"].copy(), list(self._instructions)
+    def _begin(self, ids):
+        self._read(self._command("begin", ids))
 
-    def step(self, actions):
-        actions = np.asarray(actions, dtype=np.float32)
-        if actions.shape != (self.num_envs, 7):
-            raise ValueError(f"actions {actions.shape} must have shape ({self.num_envs}, 7)")
-        self._views["actions"][:] = decode_gripper(actions)
-        self._command("step")
-        infos = {key: self._views[key].copy() for key in (*INFO_KEYS, "return")}
-        dones = infos["elapsed_steps"] >= self.max_episode_steps
-        return self._views["images"].copy(), self._views["rewards"].copy(), dones, infos
+    def _simulate(self, actions):
+        running = np.flatnonzero(self.active).tolist()
+        self._read(self._command("step", {env: actions[env] for env in running}))
+
+    def _read(self, answers):
+        for env, (scalars, instruction, state) in answers.items():
+            for name, value in zip(SCALARS, scalars, strict=True):
+                self.scalars[name][env] = value
+            self.instructions[env] = instruction
+            self.states[env] = state
 
     def privileged_state(self):
-        """dict of arrays (N, ...): poses (xyz + wxyz, world), boxes and indices; see `PutOnReceptacleEnv`."""
-        states = [state for answer in self._command("privileged_state") for state in answer]
+        """dict of arrays (N, ...): poses (xyz + wxyz, world), boxes and indices of the bodies."""
+        states = self._call("privileged_state")
         return {key: np.concatenate([state[key] for state in states]) for key in states[0]}
 
     def set_task(self, task, split):
-        """The next resets draw from this task of the same asset pack."""
-        self._command("set_task", task, split)
+        """The next episodes are of this task."""
+        self._call("set_task", task, split)
 
     def close(self):
-        for process, pipe, _ in self._workers:
-            try:
-                pipe.send(("close",))
-            except (BrokenPipeError, OSError):
-                pass  # already dead
+        for process, pipe, _ in self.workers:
+            _send(pipe, ("close", {}))
             process.join(timeout=5)
-            if process.is_alive():
-                process.kill()
-        self._workers = []
+            process.kill()
+        self.workers = []
 
-    def _command(self, *message):
-        for _, pipe, _ in self._workers:
-            self._send(pipe, message)
+    def _call(self, *request):
+        """What this method, with its arguments, of each environment returns."""
+        return list(self._command("call", dict.fromkeys(range(self.num_envs), request)).values())
+
+    def _command(self, name, requests):
+        for _, pipe, _ in self.workers:
+            _send(pipe, (name, requests))
         return self._gather()
 
-    def _send(self, pipe, message):
-        try:
-            pipe.send(message)
-        except (BrokenPipeError, OSError):
-            pass  # `_gather` reports the dead worker with its exit code
-
-    def _gather(self, timeout_s=STEP_TIMEOUT_S):
-        """One answer per worker; a worker that died, raised or hangs is an error that says which and why."""
-        answers = []
-        for number, (process, pipe, rows) in enumerate(self._workers):
-            who = f"environment worker {number} (environments {rows[0]} to {rows[-1]})"
-            # in slices: a run that was stopped and goes on (Ctrl-Z, a suspended job) loses one of them, not all
-            if not any(wait([pipe, process.sentinel], timeout_s / 100) for _ in range(100)):
-                raise RuntimeError(f"{who} did not answer within {timeout_s} s; its process {process.pid} hangs")
+    def _gather(self):
+        """All workers' answers; one that died, raised or hangs is an error that says why."""
+        answers = {}
+        for number, (process, pipe, envs) in enumerate(self.workers):
+            who = f"environment worker {number} (environments {envs[0]} to {envs[-1]})"
+            # In slices: a run that was suspended loses one of them, not all
+            if not any(wait([pipe, process.sentinel], TIMEOUT_S / 100) for _ in range(100)):
+                raise RuntimeError(f"{who}, process {process.pid}, gave no answer in {TIMEOUT_S} s")
             try:
                 kind, answer = pipe.recv()
             except (EOFError, ConnectionResetError):
                 process.join(5)
-                code = process.exitcode
-                why = f"killed by signal {-(code or 0)}; 9 usually means out of memory: use fewer --num-envs"
-                why = why if code and code < 0 else ""
-                raise RuntimeError(f"{who} died with exit code {code} {why}") from None
+                hint = "-9 usually means out of memory: use fewer --num-envs"
+                raise RuntimeError(f"{who} died, exit code {process.exitcode}; {hint}") from None
             if kind == "error":
                 raise RuntimeError(f"{who} failed:\n{answer}")
-            answers.append(answer)
+            answers.update(answer)
         return answers
 
 
-def decode_gripper(actions):
-    """The published policy-side decode: gripper value > 0.5 becomes 1 (open), anything else -1 (closed)."""
-    actions = actions.copy()
-    actions[:, 6] = np.where(actions[:, 6] > 0.5, 1.0, -1.0)
-    return actions
+def _send(pipe, message):
+    with suppress(OSError):  # the other side is dead; `_gather` says so
+        pipe.send(message)
 
 
-def _views(memory, num_envs, height, width):
-    views = {name: np.frombuffer(memory[name], dtype=dtype) for name, dtype in SCALARS}
-    views["images"] = np.frombuffer(memory["images"], dtype=np.uint8).reshape(num_envs, height, width, 3)
-    views["actions"] = np.frombuffer(memory["actions"], dtype=np.float32).reshape(num_envs, 7)
-    return views
-
-
-def _worker(pipe, memory, rows, num_envs, env_kwargs):
-    """Process main: owns the environments `rows`; answers ("ok", result) or ("error", traceback) to every message."""
-    os.environ.setdefault("LP_NUM_THREADS", "0")  # software Vulkan: no threads of its own, the same pictures
+def _worker(pipe, memory, shape, numbers, settings, with_state):
+    """Process main: owns some environments; answers ("ok", result) or ("error", traceback)."""
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # software Vulkan: no threads of its own
     import torch
 
     torch.set_num_threads(1)
+    images = np.frombuffer(memory, np.uint8).reshape(shape)
+
+    def report(number, obs, reward, info):
+        images[number] = obs["sensor_data"][CAMERA]["rgb"][0].numpy()
+        scalars = (reward, *(info[name].item() for name in SCALARS[1:]))
+        state = envs[number].state_features()[0] if with_state else ()
+        return scalars, envs[number].instructions()[0], state
+
+    def begin(number, episode_id):
+        obs, info = envs[number].reset(options={"episode_ids": [episode_id]})
+        return report(number, obs, 0.0, info)
+
+    def step(number, action):
+        obs, reward, _, _, info = envs[number].step(action)
+        return report(number, obs, reward.item(), info)
+
+    def call(number, request):
+        return getattr(envs[number], request[0])(*request[1:])
+
     try:
-        from common.simulation.env import CAMERA, make_env
-
-        width, height = env_kwargs["image_size"]
-        views = _views(memory, num_envs, height, width)
-        envs = {row: make_env(**env_kwargs) for row in rows}
-
-        def write(row, obs, info, reward):
-            views["images"][row] = obs["sensor_data"][CAMERA]["rgb"][0].numpy()
-            views["rewards"][row] = reward
-            views["return"][row] += reward
-            for key in INFO_KEYS:
-                views[key][row] = info[key].item()
-
-        def reset(ids):
-            for row, episode_id in ids.items():
-                views["return"][row] = 0.0
-                obs, info = envs[row].reset(options={"episode_ids": [episode_id]})
-                write(row, obs, info, 0.0)
-            return {row: envs[row].instructions()[0] for row in ids}
-
-        def step():
-            for row, env in envs.items():
-                obs, reward, _, _, info = env.step(views["actions"][row])  # success does not end an episode
-                write(row, obs, info, reward.item())
-
-        def set_task(task, split):
-            for env in envs.values():
-                env.set_task(task, split)
-
-        def privileged_state():
-            return [env.privileged_state() for env in envs.values()]
-
-        commands = {"reset": reset, "step": step, "set_task": set_task, "privileged_state": privileged_state}
-        pipe.send(("ok", None))
+        envs = {number: make_env(**settings) for number in numbers}
+        commands = {"begin": begin, "step": step, "call": call}
+        pipe.send(("ok", {}))
         while True:
-            name, *args = pipe.recv()
+            name, requests = pipe.recv()
             if name == "close":
                 break
-            pipe.send(("ok", commands[name](*args)))
+            ours = [number for number in numbers if number in requests]
+            pipe.send(("ok", {number: commands[name](number, requests[number]) for number in ours}))
     except (EOFError, KeyboardInterrupt):
         pass  # the main process is gone or stops: leave without noise
     except Exception:
-        pipe.send(("error", traceback.format_exc()))
+        _send(pipe, ("error", traceback.format_exc()))
 
 
-class GpuEnvs:
-    """The same interface on one batched GPU simulation; resets are for all environments at once."""
+class GpuEnvs(VectorEnv):
+    """One batched GPU simulation. All episodes begin and end together."""
 
-    def __init__(self, num_envs, max_episode_steps, env_kwargs):
+    def __init__(self, num_envs, settings, reset_after_success, state):
+        super().__init__(num_envs, settings, reset_after_success, state)
         import torch
 
-        from common.simulation.env import make_env
-
-        self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
-        self.image_size, self.fidelity = env_kwargs["image_size"], env_kwargs["fidelity"]
-        # Of torchrun's ranks: the one that `runs.setup_ranks` gives the model, if that is on a GPU.
+        # Of torchrun's ranks: the GPU that `setup_ranks` gives the model
         gpu = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
-        self._env = make_env(num_envs, f"physx_cuda:{gpu}", f"gpu:{gpu}", **env_kwargs)
+        self.env = make_env(num_envs, f"physx_cuda:{gpu}", f"gpu:{gpu}", **settings)
+        self.privileged_state = self.env.privileged_state
+        self.set_task = self.env.set_task
 
-    def reset(self, episode_ids, env_ids=None):
-        if env_ids is not None and list(env_ids) != list(range(self.num_envs)):
-            raise ValueError(f"env_ids = {list(env_ids)} must be all {self.num_envs} in order: all settle together")
-        obs, _ = self._env.reset(options={"episode_ids": np.asarray(episode_ids)})
-        self._return = np.zeros(self.num_envs, np.float32)
-        return self._images(obs), self._env.instructions()
+    def _begin(self, ids):
+        if len(ids) != self.active.sum():
+            raise ValueError(f"{len(ids)} of {self.active.sum()} episodes: on a GPU all begin")
+        # Where a stream is exhausted, another episode is repeated and not counted
+        every = np.resize(list(ids.values()), self.num_envs)
+        every[list(ids)] = list(ids.values())
+        obs, info = self.env.reset(options={"episode_ids": every})
+        self._read(obs, np.zeros(self.num_envs), info)
+        self.instructions = self.env.instructions()
 
-    def step(self, actions):
-        obs, rewards, _, _, info = self._env.step(decode_gripper(np.asarray(actions, dtype=np.float32)))
-        rewards = rewards.cpu().numpy().astype(np.float32)
-        self._return = self._return + rewards
-        infos = {key: info[key].cpu().numpy() for key in INFO_KEYS} | {"return": self._return}
-        return self._images(obs), rewards, infos["elapsed_steps"] >= self.max_episode_steps, infos
+    def _simulate(self, actions):
+        obs, rewards, _, _, info = self.env.step(actions)
+        self._read(obs, rewards.cpu().numpy(), info)
 
-    def _images(self, obs):
-        from common.simulation.env import CAMERA
-
-        return obs["sensor_data"][CAMERA]["rgb"].cpu().numpy()
-
-    def privileged_state(self):
-        return self._env.privileged_state()
-
-    def set_task(self, task, split):
-        self._env.set_task(task, split)
+    def _read(self, obs, rewards, info):
+        self.images = obs["sensor_data"][CAMERA]["rgb"].cpu().numpy()
+        self.scalars["reward"] = rewards.astype(np.float32)
+        for name in SCALARS[1:]:
+            self.scalars[name] = info[name].cpu().numpy().astype(np.float32)
+        if self.with_state:
+            self.states = self.env.state_features()
 
     def close(self):
-        self._env.close()
-        self._env = None  # holds the scene, with its buffers on the GPU
+        self.env.close()
+        self.env = None  # holds the scene, with its buffers on the GPU

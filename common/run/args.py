@@ -1,0 +1,138 @@
+"""The flags that all training scripts share, presets, --resume, and checks of what was given.
+A script's Args holds these groups beside its own flags; on the command line all flags are flat."""
+
+import importlib.util
+import json
+import math
+import os
+import sys
+from argparse import ArgumentParser
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Literal, get_type_hints
+
+import tyro
+
+from common.model.checkpoints import check, choose_key, locate
+from common.simulation.env import SCENES, check_scene
+from common.simulation.renderer import check_simulator
+
+
+@dataclass
+class Run:
+    preset: str = "default"  # the defaults of all other flags
+    name: str = ""  # run directory runs/NAME; empty = SCRIPT-TASK-SEED-TIME
+    resume: str = ""  # run directory to continue exactly; its flags become the defaults
+    seed: int = 1  # of training episodes, sampling, minibatches and new weights
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the model
+    track: bool = False  # log to Weights & Biases too
+    eval_every: int = 10  # iterations between evaluations on held-out episodes; 0 = none
+    eval_episodes: int = 64  # 64 episodes at 94 % success have the 95 % interval [85, 98]
+
+
+@dataclass
+class Scene:
+    task: str = "main"  # a row of common/simulation/tasks.py
+    scene: Literal["small", "published"] = "small"  # embedded bodies, or the study's own assets
+    sim_device: Literal["cpu", "cuda"] = "cpu"  # worker processes, or one batched GPU simulation
+
+
+@dataclass
+class Model:
+    model: str = "checkpoints/tiny-warmup"  # model or LoRA directory, hub id, or tiny (random)
+    unnorm_key: str = ""  # action statistics; empty = the model's only ones
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; trained weights are float32
+    lora_rank: int = 0  # 0 = train all weights
+    freeze_vision: bool = True  # vision and projector are not trained
+    activation_checkpointing: bool = False  # less memory, updates about 30 % slower
+
+
+# What --resume must not change: rollouts, trained weights, and what the best checkpoint is best of.
+FIXED = """preset name seed eval_episodes task scene sim_device model unnorm_key lora_rank
+    freeze_vision critic num_envs num_steps group_size same_state num_trajectories num_updates
+    batch_size demos num_demos val_demos drop_idle statistics""".split()
+MAY_BE_ZERO = """seed eval_every eval_episodes lora_rank reset_after_success learning_rate clip_low
+    value_learning_rate value_warmup_iterations vf_coef ent_coef gamma gae_lambda clip_coef
+    clip_high filter_low filter_high num_demos warmup_updates""".split()
+AT_MOST_ONE = "gamma gae_lambda filter_low filter_high".split()
+
+
+def parse_args(args_class, presets, argv=None):
+    """`--preset NAME` or `--resume RUN_DIR` choose the defaults; other flags override them.
+    args_class: the script's dataclass; presets: dict name -> instance; argv: list of str.
+    FileNotFoundError: no run there; ValueError: another script's, or a flag it must not change."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    chooser = ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--preset", default="default", choices=presets)
+    chooser.add_argument("--resume")
+    chosen = chooser.parse_known_args(argv)[0]
+    default = presets[chosen.preset]
+    default.run.preset = chosen.preset
+    if chosen.resume:
+        default = saved_args(args_class, Path(chosen.resume) / "args.json")
+    args = tyro.cli(tyro.conf.OmitArgPrefixes[args_class], default=default, args=argv)
+    was, now = flat(default), flat(args)
+    for name in FIXED if chosen.resume else ():
+        old, new = was.get(name), now.get(name)
+        check(old == new, f"{name} = {new!r}: --resume must not change {old!r}; start anew")
+    return args
+
+
+def saved_args(args_class, path):
+    """Args of an earlier run from its args.json."""
+    if not path.is_file():
+        runs = sorted(str(found.parent) for found in Path("runs").glob("*/args.json"))
+        raise FileNotFoundError(f"{path} is missing; give --resume the directory of a run: {runs}")
+    saved, types = json.loads(path.read_text()), get_type_hints(args_class)
+    differ = sorted(saved.keys() ^ types.keys())
+    check(not differ, f"{path} is of another script or version: the flags {differ} differ")
+    for name, value in saved.items():
+        if is_dataclass(types[name]):
+            saved[name] = types[name](**value)
+        elif isinstance(value, list):
+            saved[name] = tuple(value)
+    return args_class(**saved)
+
+
+def flat(args):
+    """dict of all flags by name, those of the groups too."""
+    flags = {}
+    for field in fields(args):
+        value = getattr(args, field.name)
+        flags.update(vars(value) if is_dataclass(value) else {field.name: value})
+    return flags
+
+
+def check_args(args, presets, unused):
+    """What all scripts refuse before a model or a simulator is loaded.
+    unused: dict flag -> True where it does nothing and must keep its default; what it names
+    (sim_device: the simulator, unnorm_key: the statistics) is not checked then."""
+    flags, defaults, run = flat(args), flat(presets[args.run.preset]), args.run
+    for name, value in flags.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            check(math.isfinite(value), f"{name} = {value} must be finite")
+            least = ">= 0" if name in MAY_BE_ZERO else "> 0"
+            right = value > 0 or (value == 0 and name in MAY_BE_ZERO)
+            check(right, f"{name} = {value} must be {least}; the default is {defaults[name]}")
+            check(name not in AT_MOST_ONE or value <= 1, f"{name} = {value} must be <= 1")
+    for name, does_nothing in unused.items():
+        given = flags[name] != defaults[name]
+        check(not (given and does_nothing), f"{name} = {flags[name]} does nothing here; drop it")
+    ranks, folder = int(os.environ.get("WORLD_SIZE", "1")), Path("runs", run.name or "-")
+    enough = not run.eval_every or run.eval_episodes >= ranks
+    check(enough, f"eval_episodes = {run.eval_episodes} must be >= the {ranks} ranks")
+    right = args.num_envs % ranks == 0
+    check(right, f"num_envs = {args.num_envs} must be a multiple of the {ranks} ranks")
+    right = Path(run.name).name == run.name
+    check(right, f"name = {run.name!r} must be one folder in runs/; leave out the slashes")
+    right = run.resume or not any(folder.glob("checkpoint-*"))
+    check(right, f"{folder} holds a run; use --resume {folder}, or another --name")
+    right = not run.track or importlib.util.find_spec("wandb")
+    check(right, "track = True needs the package wandb: pip install wandb")
+    if not unused.get("sim_device"):
+        check_scene(args.scene.task, "train", args.scene.scene)
+        check_simulator(args.scene.sim_device)
+    if not run.resume:
+        norm_stats = locate(args.model.model).norm_stats
+        if not unused.get("unnorm_key"):
+            choose_key(norm_stats, args.model.unnorm_key, SCENES[args.scene.scene]["assets"])

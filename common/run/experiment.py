@@ -1,0 +1,223 @@
+"""A training run on disk: its directory, log, evaluations and checkpoints.
+runs/NAME holds args.json, metrics.jsonl, TensorBoard's file, checkpoint-000012, best-000010,
+videos/ and curve.png. A checkpoint is a directory that appears whole or not at all."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from common.model.checkpoints import load_vla, save_vla
+from common.run.evaluate import evaluate
+from common.run.metrics import peak_memory
+from common.run.ranks import gather_over_ranks, rank_and_world_size
+
+PROGRESS = ("iteration", "seconds", "evaluations")  # in a checkpoint's training state
+NUMBER = 6 * "[0-9]"  # of a checkpoint; a user's copy beside it has another name and stays
+# Metrics in the status line, of those that a script has
+STATUS = """train/success_at_end train/return losses/cross_entropy val/cross_entropy
+    losses/approx_kl losses/frac_groups_dropped train/num_pairs rewards/margins
+    eval/success_at_end charts/SPS system/peak_gpu_gb""".split()
+
+
+def find_checkpoint(run_dir, kind="checkpoint"):
+    """The complete checkpoint directory with the highest number."""
+    found = sorted(Path(run_dir).glob(f"{kind}-{NUMBER}"))
+    if not found:
+        raise FileNotFoundError(f"{run_dir} holds no {kind}-NNNNNN; start a new run")
+    return found[-1]
+
+
+def load_start(run, model, device, **options):
+    """The model that training starts from or, on --resume, continues. run, model: their flags."""
+    settings = dict(asdict(model), **options, seed=run.seed, device=device)
+    start = settings.pop("model")
+    return load_vla(find_checkpoint(run.resume) if run.resume else start, **settings)
+
+
+class Experiment:
+    """Evaluates the start of a new run, or restores a run that is resumed.
+    script: its file's name; envs: None = no evaluation; state: dict name -> module or optimizer,
+    whose states checkpoints hold beside the model's weights."""
+
+    def __init__(self, args, script, model, envs, state):
+        self.args, self.model, self.envs, self.state = args, model, envs, state
+        self.run = args.run
+        self.iteration, self.seconds, self.evaluations = 0, 0.0, []
+        self.enabled = rank_and_world_size()[0] == 0
+        default = f"{Path(script).stem}-{args.scene.task}-{args.run.seed}-%Y%m%d-%H%M%S"
+        run_dir = self.run.resume or f"runs/{self.run.name or time.strftime(default)}"
+        self.run_dir = Path(gather_over_ranks(run_dir)[0])
+        if self.run.resume:
+            path = find_checkpoint(self.run_dir) / "training_state.pt"
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            for key in PROGRESS:
+                setattr(self, key, saved[key])
+            for name, part in self.state.items():
+                # strict=False: of a module only what is trained was saved
+                only_trained = {"strict": False} if isinstance(part, torch.nn.Module) else {}
+                part.load_state_dict(saved[name], **only_trained)
+        if self.enabled:
+            self._open()
+        if self.iteration == 0:
+            self._log(self._evaluate() if self.run.eval_every else {}, step=0)
+            self._save("checkpoint")
+        self.started = time.time()
+
+    def _open(self):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        config = asdict(self.args)
+        config["run"]["resume"] = ""
+        write_atomic(self.run_dir / "args.json", json.dumps(config, indent=1, allow_nan=False))
+        # A resumed run drops what it logged after its checkpoint; a new run begins with nothing
+        path, kept = self.run_dir / "metrics.jsonl", []
+        if self.run.resume and path.exists():
+            lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["iteration"] <= self.iteration]
+        write_atomic(path, "".join(kept))
+        self.file = path.open("a", buffering=1)
+        self.tensorboard = SummaryWriter(str(self.run_dir))
+        self.wandb = None
+        if self.run.track:
+            import wandb
+
+            name = {"name": self.run_dir.name, "id": self.run_dir.name}
+            self.wandb = wandb.init(project="cleanvla", resume="allow", config=config, **name)
+        stop_on_signals(f"python {sys.argv[0]} --resume {self.run_dir}")
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
+        start = self.run.resume or self.args.model.model
+        print(f"{self.run_dir} | {start} on {self.model.device}, {self.args.model.dtype}")
+        print(f"trains {trained:.2f} M weights of the policy; {self.args.scene}", flush=True)
+
+    def due(self, iteration):
+        """Whether this iteration ends with an evaluation."""
+        last = iteration == self.args.num_iterations
+        return self.run.eval_every > 0 and (last or iteration % self.run.eval_every == 0)
+
+    def finish(self, iteration, metrics, step):
+        """After an iteration: evaluate if it is due, log, print the status line, checkpoint.
+        metrics: dict name -> number; step: environment (or optimizer) steps so far."""
+        self.iteration = iteration
+        if self.due(iteration):
+            metrics.update(self._evaluate())
+        metrics.update(peak_memory())
+        self.seconds += time.time() - self.started
+        self.started = time.time()
+        self._log(metrics, step)
+        self._save("checkpoint")
+        if self.enabled:
+            parts = [f"{key} {metrics[key]:.4g}" for key in STATUS if key in metrics]
+            left = (self.args.num_iterations - iteration) * self.seconds // iteration
+            begin = f"iter {iteration:03d}/{self.args.num_iterations}"
+            print(" | ".join([begin, *parts, f"eta {timedelta(seconds=left)}"]), flush=True)
+
+    def _evaluate(self):
+        """The best checkpoint is chosen here and on nothing else."""
+        stem = self.run_dir / "videos" / f"{self.iteration:06d}"
+        task, episodes = self.args.scene.task, self.run.eval_episodes
+        metrics = evaluate(self.model, self.envs, task, episodes, stem)
+        self.evaluations.append(metrics["eval/success_at_end"])
+        if self.evaluations[-1] >= max(self.evaluations):
+            self._save("best")
+        return metrics
+
+    def _log(self, metrics, step):
+        if not self.enabled:
+            return
+        line = {"iteration": self.iteration, "step": step}
+        for key, value in metrics.items():
+            line[key] = float(value) if math.isfinite(value) else None
+            self.tensorboard.add_scalar(key, float(value), step)
+        self.file.write(json.dumps(line) + "\n")
+        if self.wandb:
+            self.wandb.log(line, step=step)
+
+    def _save(self, kind):
+        """Write <kind>-<iteration>, then remove the others of this kind."""
+        if not self.enabled:
+            return
+        final = self.run_dir / f"{kind}-{self.iteration:06d}"
+        temporary, old = (self.run_dir / f".{final.name}.{end}" for end in ("tmp", "old"))
+        shutil.rmtree(temporary, ignore_errors=True)
+        save_vla(self.model, temporary)
+        saved = {name: state_of(part) for name, part in self.state.items()}
+        saved |= {key: getattr(self, key) for key in PROGRESS}
+        torch.save(saved, temporary / "training_state.pt")
+        shutil.copy(self.run_dir / "args.json", temporary)
+        for path in filter(Path.is_file, temporary.rglob("*")):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if final.exists():  # of an iteration that is done again after a resume
+            os.rename(final, old)
+        os.rename(temporary, final)
+        shutil.rmtree(old, ignore_errors=True)
+        for other in self.run_dir.glob(f"{kind}-{NUMBER}"):
+            if other != final:
+                shutil.rmtree(other)
+
+    def close(self, curves=("train/success_at_end", "eval/success_at_end")):
+        """Draw curve.png and say where everything is."""
+        if self.envs:
+            self.envs.close()
+        if not self.enabled:
+            return
+        self.file.close()
+        self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+        draw_curves(self.run_dir, curves)
+        successes = " -> ".join(f"{value:.3f}" for value in self.evaluations)
+        time_s = self.seconds // 1
+        print(f"success at end: {successes or 'not evaluated'}; time: {timedelta(seconds=time_s)}")
+        print(f"{self.run_dir} has curve.png, videos/, metrics.jsonl and checkpoints; next:")
+        print(f"python eval_ood.py --checkpoint {self.run_dir}")
+
+
+def state_of(part):
+    """Of an optimizer all, of a module the trained weights: a frozen base is the model's own."""
+    if isinstance(part, torch.nn.Module):
+        return {name: p for name, p in part.named_parameters() if p.requires_grad}
+    return part.state_dict()
+
+
+def write_atomic(path, text):
+    """Write a temporary file and rename it: a reader never meets half a file."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def stop_on_signals(command):
+    """SIGINT and SIGTERM say how to continue and leave with exit code 128 + their number."""
+
+    def stop(number, frame):
+        print(f"\n{signal.Signals(number).name}: continue with: {command}", flush=True)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+
+def draw_curves(run_dir, keys):
+    """curve.png: these metrics of metrics.jsonl over the steps."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="steps")
+    for key in keys:
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=key)
+            axes.legend()
+    figure.savefig(run_dir / "curve.png", dpi=120)

@@ -1,0 +1,1 @@
+"""Demonstrations: the closed-loop expert, the recorder, the reader."""

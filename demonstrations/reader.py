@@ -1,0 +1,142 @@
+"""Reader of demonstrations: ManiSkill trajectory files with compressed pictures.
+
+demonstrations/record.py writes them; docs/demos.md describes the files. T steps of one episode, B
+steps of all E episodes.
+"""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from PIL import Image
+
+from common.simulation.env import CAMERA, SCENES
+from common.simulation.tasks import scene_numbers
+
+FLOORS = (0.01, 0.01, 0.01, 0.05, 0.05, 0.05)  # metres, radians
+
+
+@dataclass
+class Demos:
+    images: object  # (B, ...) array or tensor, as `fit` returns it
+    actions: np.ndarray  # (B, 7) float32, the expert's labels
+    episodes: np.ndarray  # (B,) int64, places in the lists below
+    instructions: list  # E
+    episode_ids: list  # E
+    scenes: np.ndarray  # (E,) int64, see tasks.py: `scene_numbers`
+    sources: np.ndarray  # (E,) int64, which directory
+    statistics: dict  # of `action_statistics`
+
+
+def action_statistics(actions, floors=FLOORS):
+    """{"q01", "q99", "mask"} of actions (B, 7): what decodes tokens to actions, as OpenVLA's.
+
+    floors: (6,), the range of each of the first six dimensions is symmetric and at least +-floor:
+        dimensions that hardly move keep a sensible unit, and zero is exactly the middle bin.
+        None: plain 1 % and 99 % quantiles, but +-floor where a dimension does not move at all.
+    The gripper is not normalised.
+    """
+    q01 = np.quantile(actions, 0.01, axis=0).astype(np.float64)
+    q99 = np.quantile(actions, 0.99, axis=0).astype(np.float64)
+    bound = np.maximum(np.maximum(-q01, q99)[:6], FLOORS if floors is None else floors)
+    symmetric = (q01 == q99)[:6] if floors is None else np.ones(6, bool)
+    q01[:6] = np.where(symmetric, -bound, q01[:6])
+    q99[:6] = np.where(symmetric, bound, q99[:6])
+    q01[6], q99[6] = -1.0, 1.0
+    return {"q01": q01.tolist(), "q99": q99.tolist(), "mask": [True] * 6 + [False]}
+
+
+def load_demos(directories, fit=np.asarray, num_demos=None, drop_idle="none"):
+    """Read one directory or several, whose episodes are then mixed.
+
+    Args: fit: (T, H, W, 3) uint8 -> what to keep (`model.fit_images`); num_demos: the first so
+        many of each; drop_idle: which steps are left out, see `moving_steps`.
+    Returns: Demos. Raises: FileNotFoundError, or ValueError that names file and key.
+    """
+    if isinstance(directories, (str, Path)):
+        directories = [directories]
+    images, actions, instructions, episode_ids, scenes, sources = [], [], [], [], [], []
+    for source, directory in enumerate(directories):
+        header = read_header(directory)
+        settings, episodes = header["settings"], header["episodes"]
+        if num_demos is not None and num_demos > len(episodes):
+            raise ValueError(f"num_demos = {num_demos}, but {directory} holds {len(episodes)}")
+        with _open(header["path"]) as file:
+            for entry in episodes[:num_demos]:
+                frames, labels = _read_episode(file, entry, drop_idle)
+                images.append(fit(frames))
+                actions.append(labels)
+                instructions.append(entry["instruction"])
+                episode_ids += entry["reset_kwargs"]["options"]["episode_ids"]
+                sources.append(source)
+        task, split, fidelity = (settings[key] for key in ("task", "split", "fidelity"))
+        scenes.extend(scene_numbers(task, split, episode_ids[len(scenes) :], fidelity))
+    lengths = [len(labels) for labels in actions]
+    actions = np.concatenate(actions)
+    images = torch.cat(images) if torch.is_tensor(images[0]) else np.concatenate(images)
+    episodes = np.repeat(np.arange(len(lengths)), lengths)
+    scenes, sources, statistics = np.array(scenes), np.array(sources), action_statistics(actions)
+    return Demos(images, actions, episodes, instructions, episode_ids, scenes, sources, statistics)
+
+
+def read_header(directory):
+    """trajectory.json of a recording, with every key that is needed, and "path" of its .h5."""
+    path, json_path = Path(directory, "trajectory.h5"), Path(directory, "trajectory.json")
+    if not (path.exists() and json_path.exists()):
+        command = f"python -m demonstrations.record --output {directory}"
+        raise FileNotFoundError(f"{path} or its .json is missing; record it with: {command}")
+    try:
+        header = json.loads(json_path.read_text())
+        settings = header["settings"]
+        if "scene" not in settings:  # of earlier versions
+            settings["scene"] = "published" if settings["assets"] == "bridge" else "small"
+        settings.setdefault("split", "train")
+        settings.setdefault("fidelity", SCENES[settings["scene"]]["fidelity"])
+        return {"path": path, "settings": settings, "episodes": header["episodes"]}
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{json_path} is not of demonstrations ({error!r})") from error
+
+
+def _open(path):
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path} is not a readable HDF5 file ({error}); truncated?") from error
+
+
+def _read_episode(file, entry, drop_idle):
+    """Frames (T, H, W, 3) uint8 and labels (T, 7) float32 of one episode."""
+    path, name = file.filename, f"traj_{entry['episode_id']}"
+    try:
+        group = file[name]
+        key = "expert_actions" if "expert_actions" in group else "actions"
+        actions = np.asarray(group[key], dtype=np.float32)
+        rule = (entry["elapsed_steps"], 7)
+        if actions.shape != rule:
+            raise ValueError(f"{path}: {name}/{key} is {actions.shape}, not {rule}")
+        keep = moving_steps(actions, drop_idle)
+        files = group[f"obs/sensor_data/{CAMERA}/rgb"]
+        frames = [np.asarray(Image.open(io.BytesIO(files[int(t)]))) for t in keep]
+        return np.stack(frames), actions[keep]
+    except (KeyError, OSError) as error:
+        raise ValueError(f"{path}: {name} cannot be read ({error}); truncated?") from error
+
+
+def moving_steps(actions, drop_idle):
+    """Indices of the steps of actions (T, 7) to learn from.
+
+    drop_idle: "none": all. "published": without those that move < 1 cm and < 0.06 rad and keep the
+        gripper (Liu et al. 2025). "still": without those that do not move at all and keep the
+        gripper, but for the last two, which teach to rest.
+    """
+    metres, radians = {"none": (-1, -1), "still": (0, 0), "published": (0.01, 0.06)}[drop_idle]
+    keep = np.diff(actions[:, 6], prepend=actions[:1, 6]) != 0
+    keep |= np.linalg.norm(actions[:, :3], axis=1) > metres
+    keep |= np.linalg.norm(actions[:, 3:6], axis=1) > radians
+    if drop_idle == "still":
+        keep[-2:] = True
+    return np.flatnonzero(keep)

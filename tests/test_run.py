@@ -1,0 +1,323 @@
+"""What a run is made of beside its algorithm: flags, ranks, episode lists, log, checkpoints,
+evaluation, videos. Without a simulator: what is counted is what is tested."""
+
+import dataclasses
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+from scripted_envs import ScriptedEnvs
+
+import grpo_vla
+import ppo_vla
+from common.run import evaluate, experiment, metrics, ranks
+from common.run.args import check_args, flat, parse_args
+from common.run.experiment import Experiment, find_checkpoint
+from common.simulation.episodes import evaluation_ids, held_out, training_episodes
+
+ROOT = Path(__file__).parent.parent
+
+
+def parse(flags, script=ppo_vla):
+    return parse_args(script.Args, script.PRESETS, flags.split())
+
+
+# --- flags ---
+def test_preset_and_resume_choose_defaults_that_flags_override(tmp_path):
+    """Stops a preset from overwriting a given flag, and --resume from changing what a run is."""
+    assert parse("").gae_lambda == 0.8 and parse("--preset paper").gae_lambda == 0.95
+    args = parse("--gae-lambda 0.7 --preset=paper --lora-rank 8")
+    assert (args.gae_lambda, args.model.lora_rank, args.model.dtype) == (0.7, 8, "bfloat16")
+    assert args.run.preset == "paper" and parse("").model.dtype == "float32"
+    args.run.name = "old"
+    (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(args)))
+    assert dict(flat(parse(f"--resume {tmp_path}")), resume="") == flat(args)
+    assert parse(f"--resume {tmp_path} --num-iterations 9 --device cpu").num_iterations == 9
+    for change in ("--seed 2", "--num-envs 32", "--model tiny", "--critic state", "--task plate"):
+        with pytest.raises(ValueError, match=change.split()[1]):
+            parse(f"--resume {tmp_path} {change}")
+    with pytest.raises(ValueError, match="script"):
+        parse(f"--resume {tmp_path}", grpo_vla)
+
+
+def test_what_needs_several_ranks_is_refused(monkeypatch):
+    """Stops torchrun with environments or evaluation episodes that no rank owns."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_args(parse("--model tiny --num-envs 8"), ppo_vla.PRESETS, {})
+    for flags, value in (("--num-envs 6", "6"), ("--num-envs 8 --eval-episodes 3", "3")):
+        with pytest.raises(ValueError, match=value):
+            check_args(parse(f"--model tiny {flags}"), ppo_vla.PRESETS, {})
+
+
+# --- ranks ---
+def of_rank(monkeypatch, rank, world_size, *modules):
+    for module in modules or (ranks,):
+        monkeypatch.setattr(module, "rank_and_world_size", lambda: (rank, world_size))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_minibatches_share_out_every_sample_once(monkeypatch, world_size):
+    """Stops samples from being learned twice or never, and ranks from disagreeing on a size."""
+    samples = np.random.default_rng(0).choice(8 * 5, 33, replace=False)  # some are left out
+    here, found, sizes = 8 // world_size, [], []
+    for rank in range(world_size):
+        of_rank(monkeypatch, rank, world_size)
+        parts = ranks.minibatches(samples, 8, 4, np.random.default_rng(7))
+        sizes.append([size for _, size in parts])
+        step, env = np.divmod(np.concatenate([rows for rows, _ in parts]), here)
+        found.append(step * 8 + env + rank * here)
+    assert sorted(np.concatenate(found)) == sorted(samples)
+    assert sizes == [[9, 8, 8, 8]] * world_size
+    again = ranks.minibatches(samples, 8, 4, np.random.default_rng(8))
+    assert not all(torch.equal(a[0], b[0]) for a, b in zip(again, parts, strict=True))
+
+
+TWO_RANKS = """
+import json, torch
+from common.run.metrics import Means, normalize
+from common.run.ranks import gather_envs, setup_ranks, sum_gradients, sum_over_ranks
+rank, world_size, device = setup_ranks("cpu", seed=3)
+used, mine, unused = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+((rank + 1) * used).sum().backward()
+if rank == 0:
+    (5 * mine).sum().backward()
+sum_gradients([used, mine, unused])
+means = Means()
+means.add("both", torch.full((rank + 1,), float(rank)))
+if rank == 1:
+    means.add("one", 7)
+advantages = torch.tensor([[rank, rank + 2.0]])
+sums = [used.grad.tolist(), mine.grad.tolist(), unused.grad, sum_over_ranks(torch.ones(())).item()]
+print(json.dumps([sums, means.means("x/"), gather_envs(advantages).tolist()]))
+print(json.dumps(normalize(advantages).flatten().tolist()))
+"""
+
+
+def test_two_ranks_add_up():
+    """Stops sums and means of one rank, and zero gradients, with which AdamW decays weights."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2")
+    command = dict(args=[sys.executable, "-c", TWO_RANKS], stdout=subprocess.PIPE, text=True)
+    processes = [
+        subprocess.Popen(**command, env=dict(common, PYTHONPATH=str(ROOT), RANK=rank))
+        for rank in ("0", "1")
+    ]
+    printed = [process.communicate(timeout=300)[0].splitlines() for process in processes]
+    both = [[[3, 3], [5, 5], None, 2], {"x/both": 2 / 3, "x/one": 7}, [[0, 2, 1, 3]]]
+    assert [json.loads(lines[0]) for lines in printed] == [both, both]
+    normalised = np.concatenate([json.loads(lines[1]) for lines in printed])
+    assert np.allclose(normalised, (np.array([0, 2, 1, 3]) - 1.5) / np.std([0, 1, 2, 3], ddof=1))
+
+
+def test_numbers_of_the_log(monkeypatch):
+    """Stops means of means, another interval (60 of 64: [85.0, 97.5]), a need for affinity."""
+    names = ("success_at_end", "success_once", "grasped", "return")
+    steps = [dict.fromkeys(names, np.array(values)) for values in ([1.0], [], [0.0, 0.0, 1.0])]
+    assert metrics.episode_metrics(steps)["train/success_at_end"] == 0.5
+    assert math.isnan(metrics.episode_metrics(steps[1:2])["train/return"])
+    assert np.allclose(evaluate.wilson(60, 64), (0.850, 0.9754), atol=1e-3)
+    assert evaluate.wilson(0, 10)[0] == 0 and 0.27 < evaluate.wilson(0, 10)[1] < 0.28
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    assert ranks.cores_per_rank() == 1
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert ranks.cores() == os.cpu_count()
+
+
+# --- episode lists ---
+def test_training_never_sees_an_evaluation_episode():
+    """Stops training on initial states of the report or of the choice of a checkpoint."""
+    stream = training_episodes("main", np.random.default_rng(0))
+    trained = np.array([next(stream) for _ in range(20_000)])
+    tasks = [(task, seed) for task in ("main", "carrot", "plate") for seed in (0, 1)]
+    lists = [evaluation_ids(task, "train", 192, seed) for task, seed in tasks]
+    assert not set(trained) & set(np.concatenate(lists))
+    assert not held_out("main", "train", trained).any()
+    assert 0.9 < len(set(trained // 12544)) / 64 <= 1, "training must cover the configurations"
+    naive = np.random.default_rng(0).integers(802_816, size=20_000)
+    assert set(naive) & set(np.concatenate(lists)), "the check sees nothing"
+    # Evaluations are paired: a shorter list begins a longer one; few held-out scenes repeat
+    assert np.array_equal(lists[0][:64], evaluation_ids("main", "train", 64))
+    assert len(set(lists[0])) == 192 and not np.array_equal(lists[0], lists[1])
+    assert len(evaluation_ids("single", "train", 192)) == 192
+
+
+# --- a run on disk ---
+class Toy(torch.nn.Linear):
+    device = "cpu"
+
+
+@pytest.fixture
+def begin(tmp_path, monkeypatch):
+    """begin(flags, successes) -> Experiment of a toy model, in runs/x, with planted evaluations."""
+
+    def save(model, directory):
+        directory.mkdir()
+        torch.save(model.state_dict(), directory / "model")
+
+    def run(flags="", successes=()):
+        found = [{"eval/success_at_end": x, "eval/low": math.nan} for x in successes]
+        monkeypatch.setattr(experiment, "evaluate", lambda *_: found.pop(0))
+        args = parse(f"--name x --eval-every {int(bool(successes))} {flags}")
+        model = Toy(2, 1)
+        state = {"policy": torch.optim.AdamW(model.parameters())}
+        return Experiment(args, "ppo_vla.py", model, None, state)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiment, "save_vla", save)
+    monkeypatch.setattr(experiment, "stop_on_signals", lambda _: None)
+    return run
+
+
+def kinds():
+    """What stands in the run directory as checkpoints, hidden leftovers included."""
+    names = [path.name for path in Path("runs/x").iterdir() if path.is_dir()]
+    return sorted(name for name in names if "checkpoint" in name or "best" in name)
+
+
+def test_the_best_checkpoint_is_the_one_with_the_highest_success(begin):
+    """Stops the worst or the last from being kept as the best, and a resume from forgetting it."""
+    run = begin("--num-iterations 9", [0.2, 0.8, 0.5])
+    for iteration, best in enumerate((1, 1, 1, 4), 1):
+        if iteration == 3:
+            run = begin("--resume runs/x", [0.6, 0.9])
+            assert run.iteration == 2 and run.evaluations == [0.2, 0.8, 0.5]
+        run.finish(iteration, {}, step=iteration)
+        assert kinds() == [f"best-00000{best}", f"checkpoint-00000{iteration}"]
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing may depend on cleaning up."""
+
+
+@pytest.mark.parametrize("where", ["save_vla", "save", "fsync", "rename"])
+def test_a_kill_while_saving_leaves_the_previous_checkpoint(begin, monkeypatch, where):
+    """Stops half a checkpoint in the place of the only one, and lost copies of the user's."""
+    run = begin()
+    run.finish(1, {}, step=1)
+    mine = [Path("runs/x", name) for name in ("checkpoint-000001-mine", ".notes.tmp")]
+    for path in mine:
+        path.mkdir()
+    owner = {"save_vla": experiment, "save": torch}.get(where, os)
+    real = getattr(owner, where)
+
+    def killed(*args):
+        if where.startswith("save"):
+            real(*args)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, killed)
+        with pytest.raises(Killed):
+            run.finish(2, {}, step=2)
+    assert find_checkpoint("runs/x").name == "checkpoint-000001"
+    run = begin("--resume runs/x")
+    assert run.iteration == 1
+    run.finish(2, {}, step=2)
+    assert kinds() == ["checkpoint-000001-mine", "checkpoint-000002"]
+    assert all(path.is_dir() for path in mine)
+
+
+def test_metrics_continue_where_the_checkpoint_was(begin, monkeypatch):
+    """Stops repeated iterations, lines of an earlier run, and numbers that are not JSON."""
+    run = begin()
+    for iteration in (1, 2):
+        run.finish(iteration, {"losses/x": torch.tensor(iteration / 10)}, step=iteration)
+    run.iteration = 3
+    run._log({"losses/x": math.inf}, step=3)  # what a run logs before it is killed
+    with open("runs/x/metrics.jsonl", "a") as file:
+        file.write('{"iteration": 4, "los')
+    begin("--resume runs/x").finish(3, {"losses/x": 9.0, "losses/y": math.nan}, step=3)
+    strict = dict(parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    lines = Path("runs/x/metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, **strict) for line in lines]
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3]
+    assert rows[3]["losses/x"] == 9.0 and rows[3]["losses/y"] is None
+    saved = json.loads(Path("runs/x/args.json").read_text(), **strict)
+    assert saved["run"]["name"] == "x" and saved["run"]["resume"] == ""
+    assert (find_checkpoint("runs/x") / "args.json").exists()
+    begin("--num-iterations 2")
+    assert len(Path("runs/x/metrics.jsonl").read_text().splitlines()) == 1
+    of_rank(monkeypatch, 1, 2, experiment)  # which writes nothing
+    begin("--name other").finish(1, {}, step=1)
+    assert not Path("runs/other").exists()
+
+
+# --- evaluation ---
+def test_every_episode_runs_once_and_in_the_order_of_the_list():
+    """Stops dropped last episodes, results of another row, and videos that end in the next one."""
+
+    def policy(obs, instructions, rows):
+        assert instructions == [f"put {ids[row]}" for row in rows]
+        played.extend(rows)
+        return np.zeros((len(obs), 7))
+
+    ids, played = np.array([4, 1, 2, 3, 6]), []
+    results = evaluate.run_episodes(policy, ScriptedEnvs(3, {4: (3,), 3: (1,)}), ids, record=4)
+    assert sorted(played) == sorted([0, 1, 2, 3, 4] * 3) and results["id"].tolist() == ids.tolist()
+    assert results["success_at_end"].tolist() == [True, False, False, False, False]
+    assert results["success_once"].tolist() == [True, False, False, True, False]
+    shown = {row: [frame[0, 0, 0] for frame in frames] for row, frames in results["frames"].items()}
+    assert shown == {row: [10 * ids[row] + t for t in range(4)] for row in range(4)}
+
+
+class Policy:
+    """Draws seven numbers per row."""
+
+    def act(self, obs, instructions, temperature, generators):
+        assert temperature == 0.6, "never compare success across temperatures"
+        return torch.stack([torch.rand(7, generator=g) for g in generators]), None, None
+
+    def decode_actions(self, tokens):
+        return tokens.numpy()
+
+
+@pytest.mark.parametrize("task, list_seed", [("main", 0), ("carrot", evaluate.OWN_SEED)])
+def test_ranks_share_an_evaluation(monkeypatch, tmp_path, task, list_seed):
+    """Stops ranks from running the same episodes, rates of one rank, draws that depend on others,
+    and an evaluation on the report's own episodes, of which carrot is a row."""
+    ids = evaluation_ids(task, "train", 5, list_seed).tolist()
+    of_reports = [evaluation_ids("carrot", "train", 5, seed).tolist() for seed in (0, 1, 2)]
+    assert ids not in of_reports
+
+    def evaluation(rank, world_size, others=()):
+        """Metrics, this rank's part, the number of files."""
+        parts = []
+        gather = lambda part: parts.append(part) or [*others, part]  # noqa: E731
+        of_rank(monkeypatch, rank, world_size, evaluate)
+        monkeypatch.setattr(evaluate, "gather_over_ranks", gather)
+        envs, stem = ScriptedEnvs(2, {i: (3,) for i in ids[:3]}), tmp_path / f"{world_size}/0"
+        result = evaluate.evaluate(Policy(), envs, task, 5, stem, num_videos=1)
+        return result, parts[0], np.concatenate(envs.actions)
+
+    whole, part, draws = evaluation(0, 1)
+    assert part["id"].tolist() == ids and whole["eval/success_at_end"] == 0.6
+    _, first, some = evaluation(0, 2)
+    shared, second, more = evaluation(1, 2, [first])
+    assert first["id"].tolist() == ids[0::2] and second["id"].tolist() == ids[1::2]
+    assert {x for x in draws[:, 0] if x} == {x for x in np.concatenate([some, more])[:, 0] if x}
+    assert (whole["eval/low"], whole["eval/high"]) == evaluate.wilson(3, 5)
+    assert all(whole[key] == shared[key] for key in whole if key != "time/eval_s")
+    assert [path.name for path in tmp_path.glob("2/*")] == ["0-0-success.mp4"]
+    repeated = [torch.rand(1, generator=g).item() for g in evaluate.episode_generators([5, 7, 5])]
+    alone = [torch.rand(1, generator=g).item() for g in evaluate.episode_generators([5, 5])]
+    assert len(set(repeated)) == 3 and alone == repeated[::2]
+
+
+def test_video_is_written_whole(tmp_path):
+    """Stops videos that no player opens, odd sizes included, and half-written files."""
+    frames = [np.full((60, 80, 3), 60 * i, np.uint8) for i in range(3)]
+    evaluate.write_video(tmp_path / "videos/a.mp4", frames, "put carrot on plate")
+    video = imageio.mimread(tmp_path / "videos/a.mp4")
+    assert len(video) == 3 and video[0].shape == (480, 640, 3)
+    assert video[2][300:, :].mean() > 100 and video[0][:28].max() > 150, "picture and instruction"
+    assert [path.name for path in (tmp_path / "videos").iterdir()] == ["a.mp4"]
