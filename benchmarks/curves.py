@@ -1,73 +1,71 @@
-"""Success against environment steps of several runs in one figure: the curves of README and docs.
+"""Success on held-out episodes against environment steps: the figures of results/ppo, equal_steps.
 
-python benchmarks/curves.py PPO=results/ppo/seed1,results/ppo/seed2 --output figure.png
+    python benchmarks/curves.py PPO=results/ppo/seed1,results/ppo/seed2 --output figure.png
+
+Success counts at the last step of an episode, on the list that every run evaluates by itself.
 """
 
 import json
-import sys
 from pathlib import Path
 
-import matplotlib
-import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.run.evaluate import wilson
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def read(run, key):
-    """(steps, values) of a metric in RUN/metrics.jsonl."""
-    rows = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-    pairs = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-    if not pairs:
-        raise ValueError(f"{run}/metrics.jsonl has no {key}; was it trained with --eval-every 0?")
-    return np.array(pairs).T
+def held_out(path):
+    """Steps and shares of success of the evaluations in a metrics.jsonl."""
+    steps, successes = [], []
+    for line in Path(path).read_text().splitlines():
+        row = json.loads(line)
+        # Until commit bb47261 the task stood in the name: eval/main/success_at_end
+        success = row.get("eval/success_at_end", row.get("eval/main/success_at_end"))
+        if success is not None:
+            steps.append(row["step"])
+            successes.append(success)
+    if not steps:
+        raise ValueError(f"{path} holds no evaluation; was it trained with --eval-every 0?")
+    return steps, successes
 
 
-def main(groups: tyro.conf.Positional[tuple[str, ...]], output: str = "docs/images/curves.png", task: str = "main"):
-    """Draw and print a table.
+def in_words(steps, _=None):
+    """200000 -> 200k."""
+    return f"{steps / 1000:.0f}k" if steps else "0"
+
+
+def draw(axes, groups):
+    """One line per run, one colour per group. groups: dict label -> list of run directories."""
+    for (label, runs), colour in zip(groups.items(), COLOURS, strict=False):
+        for run in runs:
+            steps, successes = held_out(Path(run, "metrics.jsonl"))
+            text = label if run == runs[0] else None
+            axes.plot(steps, successes, "o-", color=colour, markersize=4, label=text)
+    axes.set(ylim=(0, 1), xlabel="environment steps", ylabel="success on held-out episodes")
+    axes.xaxis.set_major_formatter(in_words)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+
+
+def main(
+    groups: tyro.conf.Positional[tuple[str, ...]],
+    output: str = "figure.png",
+    most_steps: int | None = None,
+):
+    """Draw a figure.
 
     Args:
-        groups: LABEL=RUN,RUN,...: directories with metrics.jsonl, one per seed.
-        output: the figure. Left: episodes of training at the rollout's temperature, each seed and their mean over 5
-            iterations. Right: the mean of the seeds on the paired evaluation list at temperature 0.6; Wilson 95 % of
-            one list, because seeds share its episodes. How much seeds differ it does not show: the left side does.
-        task: that of the evaluation.
+        groups: LABEL=RUN,RUN,...: directories with a metrics.jsonl, one per seed.
+        most_steps: where the axis of environment steps ends.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    print("| | seeds | environment steps | success at end, start | end [95 %] |\n|---|---|---|---|---|")
-    for number, group in enumerate(groups):
-        label, _, names = group.partition("=")
-        runs, color = names.split(","), f"C{number}"
-        for k, run in enumerate(runs):
-            steps, values = read(run, "train/success_at_end")
-            smooth = [values[max(0, i - 4) : i + 1].mean() for i in range(len(values))]
-            left.plot(steps, values, color=color, alpha=0.15, linewidth=0.8)
-            left.plot(steps, smooth, color=color, label=label if k == 0 else None)
-        curves = [read(run, f"eval/{task}/success_at_end") for run in runs]
-        episodes = read(runs[0], f"eval/{task}/episodes")[1][0]
-        common = sorted(set.intersection(*(set(steps) for steps, _ in curves)))
-        mean = np.array([np.mean([dict(curve.T)[step] for curve in curves]) for step in common])
-        low, high = np.array([wilson(p * episodes, episodes) for p in mean]).T
-        right.plot(common, mean, "o-", color=color, markersize=3, label=label)
-        right.fill_between(common, low, high, color=color, alpha=0.15)
-        interval = f"{mean[-1]:.2f} [{low[-1]:.2f}, {high[-1]:.2f}]"
-        print(f"| {label} | {len(runs)} | {common[-1]:,.0f} | {mean[0]:.2f} | {interval} |")
-    left.set_title("training episodes, temperature of the rollouts")
-    right.set_title("held-out episodes, temperature 0.6")
-    for axis in (left, right):
-        axis.set(xlabel="environment steps", ylim=(0, 1))
-        axis.xaxis.set_major_formatter("{x:,.0f}")
-        axis.locator_params(axis="x", nbins=5)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    left.set_ylabel("success at the last step")
-    figure.tight_layout()
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
+    parts = [group.partition("=") for group in groups]
+    figure = Figure((7, 4), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    draw(axes, {label: runs.split(",") for label, _, runs in parts})
+    if most_steps:
+        axes.set_xlim(right=1.02 * most_steps)
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(output)
 
 
 if __name__ == "__main__":

@@ -1,64 +1,55 @@
-"""Success of behaviour cloning against the number of demonstrations, in and out of distribution: the study's figure 6.
+"""Success of cloning against demonstrations: docs/images/data_scaling.png and the table beside it.
 
-python benchmarks/data_scaling.py 125=results/sft/125 1000=results/sft/1000 --output docs/images/data_scaling.png
+    python benchmarks/data_scaling.py
 
-Reads results.json of eval_ood.py; prints the table of docs/sft_vla.md. Rows of a dimension are pooled for its interval.
+Supports "Data scaling" of docs/sft_vla.md. Reads results/sft/N/results.json of eval_ood.py;
+bands are Wilson 95 % intervals of a dimension's pooled episodes.
 """
 
 import json
 import sys
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-import tyro
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.run.report import COLOURS, DIMENSIONS, dimension_means
+from benchmarks.curves import COLOURS  # noqa: E402
+from common.run.evaluate import wilson  # noqa: E402
+from scripts.report import outcomes  # noqa: E402
+
+NUMBERS = (125, 250, 500, 1000)
+DIMENSIONS = {
+    "in_distribution": "in distribution", "vision": "vision", "semantics": "semantics",
+    "execution": "execution", "ood": "all out of distribution",
+}  # fmt: skip
 
 
-def main(sets: tyro.conf.Positional[tuple[str, ...]], output: str = "docs/images/data_scaling.png"):
-    """Draw and print a table.
-
-    Args:
-        sets: NUMBER=DIRECTORY: demonstrations, and where eval_ood.py wrote about the one policy cloned from them.
-        output: the figure, a line with Wilson 95 % intervals per dimension.
-    """
-    means = {}
-    for number, directory in (entry.split("=", 1) for entry in sets):
-        policies = json.loads((Path(directory) / "results.json").read_text())["policies"]
-        if len(policies) != 1:
-            raise ValueError(
-                f"{directory} compares {len(policies)} policies, {sorted(policies)}; give one of one policy"
-            )
-        means[int(number)] = dimension_means(next(iter(policies.values()))["rows"])
-    numbers = sorted(means)
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for colour, (key, label) in zip(COLOURS, DIMENSIONS.items(), strict=False):
-        p = np.array([means[n][key]["success_at_end"] for n in numbers])
-        low, high = np.array([means[n][key]["wilson"] for n in numbers]).T
-        axis.plot(numbers, p, "o-", color=colour, label=label)
-        axis.fill_between(numbers, low, high, color=colour, alpha=0.15)
-    axis.set(xscale="log", xticks=numbers, xticklabels=numbers, ylim=(0, 1))
-    axis.set(xlabel="demonstrations", ylabel="success at the last step")
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.tight_layout()
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
-    print("| demonstrations |", " | ".join(DIMENSIONS.values()), "|\n|---" * 1 + "|---" * len(DIMENSIONS) + "|")
-    for n in numbers:
-        cells = (means[n][key] for key in DIMENSIONS)
-        print(
-            f"| {n:,} |",
-            " | ".join("{:.2f} [{:.2f}, {:.2f}]".format(c["success_at_end"], *c["wilson"]) for c in cells),
-            "|",
-        )
+def main():
+    rates = []
+    for number in NUMBERS:
+        results = json.loads(Path(f"results/sft/{number}/results.json").read_text())
+        (policy,) = results["policies"].values()
+        success = outcomes(policy["rows"])
+        rates.append({})
+        for name in DIMENSIONS:
+            k, n = success[name].sum(), len(success[name])
+            rates[-1][name] = (k / n, *wilson(k, n))
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*rates[-1][name]) for name in DIMENSIONS]
+        print(f"| {number:,} | {' | '.join(cells)} |")
+    figure = Figure((7, 4), dpi=110, layout="constrained")
+    axes = figure.add_subplot(xlabel="demonstrations", ylabel="success at the last step")
+    for (name, label), colour in zip(DIMENSIONS.items(), COLOURS, strict=False):
+        success, low, high = zip(*(rate[name] for rate in rates), strict=True)
+        axes.plot(NUMBERS, success, "o-", color=colour, label=label)
+        axes.fill_between(NUMBERS, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.set(xscale="log", ylim=(0, 1))
+    axes.set_xticks(NUMBERS, [f"{number:,}" for number in NUMBERS])
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", fontsize=8)
+    figure.savefig("docs/images/data_scaling.png")
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

@@ -1,6 +1,7 @@
-"""The pictures of docs/benchmark.md: the first frame of an evaluation episode of every row, one sheet per asset pack.
+"""The pictures of docs/benchmark.md: the first frame of an evaluation episode of every row.
 
-python benchmarks/gallery.py --assets primitive
+python benchmarks/gallery.py                       # docs/images/benchmark/primitive.jpg
+python benchmarks/gallery.py --scene published     # bridge.jpg; needs MS_ASSET_DIR
 """
 
 import sys
@@ -12,46 +13,56 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.run.evaluate import evaluation_ids
-from common.simulation.tasks import REPORT_ROWS, get_task
-from common.simulation.vec_env import make_envs
+from common.simulation.env import SCENES  # noqa: E402
+from common.simulation.episodes import evaluation_ids  # noqa: E402
+from common.simulation.tasks import REPORT_ROWS, get_task  # noqa: E402
+from common.simulation.vec_env import CpuEnvs  # noqa: E402
 
-COLUMNS, CAPTION = 4, 44  # tiles per row; pixels under a tile
+COLUMNS = 4  # tiles per line of the sheet
+WIDTH, HEIGHT, CAPTION = 320, 237, 42  # of a tile, pixels
+STAND_STILL = np.array([[0, 0, 0, 0, 0, 0, 1]], np.float32)
 
 
-def main(assets: Literal["primitive", "bridge"] = "primitive", episode: int = 0, output: str = "docs/images/benchmark"):
-    """Render and write OUTPUT/ASSETS.jpg.
-
-    Args:
-        assets: embedded bodies, or the real ones under MS_ASSET_DIR.
-        episode: place in the evaluation list of every row.
-        output: directory.
-    """
-    envs = make_envs(num_envs=1, assets=assets, image_size=(640, 480), shader_pack="default", num_workers=1)
-    tiles = []
+def tiles(envs):
+    """(picture, title, text) of every row; of an object that moves, after the move too."""
     for row, _, task, split, *_ in REPORT_ROWS:
         envs.set_task(task, split)
-        images, instructions = envs.reset(evaluation_ids(task, split, episode + 1)[-1:])
-        tiles.append((images[0], f"{row}  ({task} {split})", instructions[0]))
+        obs, infos = envs.reset([iter(evaluation_ids(task, split, 1))])
+        yield obs[0], f"{row}  ({task} {split})", infos["instruction"][0]
         move_at = get_task(task).move_at[split == "test"]
-        if move_at:  # show it after the move too; the arm stands still
+        if move_at:
             for _ in range(move_at + 1):
-                images, *_ = envs.step(np.array([[0, 0, 0, 0, 0, 0, 1]], np.float32))
-            tiles.append((images[0], f"{row}, after the move", f"step {move_at + 1}"))
-    envs.close()
+                obs, *_ = envs.step(STAND_STILL)
+            yield obs[0], f"{row}, after the move", f"step {move_at + 1}"
 
-    width, height = 320, 240 + CAPTION
-    sheet = Image.new("RGB", (COLUMNS * width, -(-len(tiles) // COLUMNS) * height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for number, (image, title, text) in enumerate(tiles):
-        x, y = number % COLUMNS * width, number // COLUMNS * height
-        sheet.paste(Image.fromarray(image).resize((width - 4, 237), Image.LANCZOS), (x, y))
-        draw.text((x + 2, y + 239), title, "black", font)
-        draw.text((x + 2, y + 257), text, "#0072B2", font)
-    path = Path(output) / f"{assets}.jpg"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, quality=88)
-    print(f"{path}: {len(tiles)} frames, {path.stat().st_size / 1e6:.2f} MB")
+
+def tile(picture, title, text):
+    """The picture, shrunk, with its title and text below."""
+    image = Image.new("RGB", (WIDTH, HEIGHT + CAPTION), "white")
+    image.paste(Image.fromarray(picture).resize((WIDTH - 4, HEIGHT)))
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(13)
+    draw.text((2, HEIGHT + 2), title, "black", font)
+    draw.text((2, HEIGHT + 19), text, "#0072B2", font)
+    return np.asarray(image)
+
+
+def main(scene: Literal["small", "published"] = "small"):
+    """Render 640 x 480 with the default shader, then shrink."""
+    settings = dict(SCENES[scene], task="carrot", split="test")
+    # With one fidelity an id has the same places in both packs
+    settings.update(image_size=(640, 480), shader_pack="default", fidelity="fixed")
+    envs = CpuEnvs(1, settings, reset_after_success=0, state=False)
+    images = [tile(*parts) for parts in tiles(envs)]
+    envs.close()
+    while len(images) % COLUMNS:
+        images.append(np.full_like(images[0], 255))
+    lines = []
+    for first in range(0, len(images), COLUMNS):
+        line = images[first : first + COLUMNS]
+        lines.append(np.hstack(line))
+    sheet = Image.fromarray(np.vstack(lines))
+    sheet.save(f"docs/images/benchmark/{settings['assets']}.jpg", quality=75, optimize=True)
 
 
 if __name__ == "__main__":
