@@ -2,7 +2,6 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup demo pretrained warmup test test-long lint format doctor lock clean
 help:
