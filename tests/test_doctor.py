@@ -48,13 +48,3 @@ def test_gpu_simulation_without_its_library(monkeypatch, tmp_path):
     (tmp_path / ".sapien/physx/105.1").mkdir(parents=True)
     (tmp_path / ".sapien/physx/105.1/libPhysXGpu_64.so").touch()
     renderer.check_simulator("cuda")
-
-
-def test_half_a_download_is_no_model(tmp_path):
-    """Stops "ok" for weights of which only the configuration or some of the shards are here."""
-    (tmp_path / "config.json").write_text("{}")
-    for number in (1, 2):
-        with pytest.raises(RuntimeError, match="only a part of it"):
-            doctor.check_weights(str(tmp_path))
-        (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(b"")
-    assert doctor.check_weights(str(tmp_path)) == str(tmp_path)

@@ -253,6 +253,15 @@ def test_metrics_continue_where_the_checkpoint_was(begin, monkeypatch):
 
 
 # --- evaluation ---
+def test_evaluation_runs_whole_episodes_where_training_ends_them_early():
+    """Stops an evaluation in PPO's environments from ending with success, before it is lost."""
+    envs = ScriptedEnvs(1, {4: (1,)}, reset_after_success=1)
+    results = evaluate.run_episodes(lambda *_: np.zeros((1, 7)), envs, np.array([4]))
+    assert results["length"].tolist() == [3] and not results["success_at_end"].any()
+    envs.reset([iter([4])])
+    assert envs.step(np.zeros((1, 7)))[2].all(), "training goes on ending them"
+
+
 def test_every_episode_runs_once_and_in_the_order_of_the_list():
     """Stops dropped last episodes, results of another row, and videos that end in the next one."""
 

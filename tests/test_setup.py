@@ -10,7 +10,6 @@ DEB822 = """\
 Types: deb
 URIs: http://host.example/security
 Suites: bookworm-security
-Components: main
 
 Types: deb deb-src
 # a comment

@@ -18,14 +18,15 @@ OWN_SEED = 2**32  # of a run's own evaluations, beyond what --seed accepts
 
 
 def run_episodes(policy, envs, episode_ids, record=0):
-    """Run every episode of a list once.
+    """Run every episode of a list once, to the step limit.
     policy(obs (M, H, W, 3) uint8, instructions: M strings, rows (M,): places of these episodes in
     the list) -> actions (M, 7). episode_ids: (E,) int64. record: keep the first so many's pictures.
     Returns: dict of (E,) arrays: what `infos["episode"]` has, and instruction; "frames":
         dict row -> list of (H, W, 3) uint8, from before the first action to after the last."""
     num_envs = envs.num_envs
     rows = np.arange(num_envs)  # environment n runs the episodes n, n + num_envs, ...
-    obs, infos = envs.reset([iter(episode_ids[n::num_envs]) for n in range(num_envs)])
+    streams = [iter(episode_ids[n::num_envs]) for n in range(num_envs)]
+    obs, infos = envs.reset(streams, whole_episodes=True)
     frames = {row: [] for row in range(min(record, len(episode_ids)))}
     texts, found = {}, []
     while infos["active"].any():

@@ -40,7 +40,7 @@ def make_envs(
 
 class VectorEnv:
     """Episodes of N environments, which `CpuEnvs` and `GpuEnvs` simulate.
-    reset(streams) -> obs, infos
+    reset(streams) -> obs, infos; with whole_episodes=True success ends no episode (evaluations)
     step(actions (N, 7) float32) -> obs, rewards, terminations, truncations, infos
         actions: xyz delta (m) and Euler delta (rad) of the gripper; the last one > 0.5 opens it
         obs (N, H, W, 3) uint8; rewards (N,) float32; terminations (success has lasted) and
@@ -64,10 +64,11 @@ class VectorEnv:
         self.instructions = [""] * num_envs
         self.scalars = {name: np.zeros(num_envs, np.float32) for name in SCALARS}
 
-    def reset(self, streams):
+    def reset(self, streams, whole_episodes=False):
         if len(streams) != self.num_envs:
             raise ValueError(f"{len(streams)} streams of episode ids, not {self.num_envs}")
         self.streams = streams
+        self.whole_episodes = whole_episodes
         self.active = np.ones(self.num_envs, bool)
         self.ids = np.zeros(self.num_envs, np.int64)
         self.returns = np.zeros(self.num_envs, np.float32)
@@ -88,7 +89,9 @@ class VectorEnv:
         self.returns += now["reward"]
         self.success_steps = np.where(success, self.success_steps + 1, 0)
         truncated = self.active & (now["elapsed_steps"] >= self.max_episode_steps)
-        terminated = self.active & (self.success_steps >= (self.reset_after_success or np.inf))
+        never = self.whole_episodes or not self.reset_after_success
+        lasted = self.success_steps >= (np.inf if never else self.reset_after_success)
+        terminated = self.active & lasted
         ended = np.flatnonzero(terminated | truncated)
         episode = {"env": ended, "id": self.ids[ended], "return": self.returns[ended]}
         episode["length"] = now["elapsed_steps"][ended].astype(np.int64)
