@@ -1,5 +1,4 @@
-"""Shared by all tests: one thread per process (test machines have two cores), reasons for what is
-skipped, and `train`, which runs a training script in the real simulator in seconds."""
+"""One thread per test process, reasons for what is skipped, and `train` for short runs."""
 
 import os
 

@@ -1,22 +1,14 @@
 """Small checkpoints in the published directory layout: sharded, with the keys no output reads."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 FIXTURES = Path(__file__).parent / "fixtures"
-# Llama-2's pieces and ids for the reference prompts
-PIECES = {
-    "<unk>": 0, "<s>": 1, "</s>": 2, "\n": 13, "▁the": 278, "▁to": 304, "▁on": 373, "▁In": 512,
-    "▁sp": 805, "▁should": 881, "▁pe": 1236, "▁car": 1559, "▁What": 1724, "▁put": 1925,
-    "▁take": 2125, "pper": 2496, "▁action": 3158, "▁light": 3578, "Out": 3744, "rot": 5450,
-    "oon": 6150, "▁blue": 7254, "▁yellow": 13328, "▁plate": 15284, "▁robot": 19964, "wel": 20466,
-    "▁bell": 22623, "▁": 29871, ":": 29901, "?": 29973, "<PAD>": 32000,
-}  # fmt: skip
 
 
 def reference():
@@ -24,17 +16,6 @@ def reference():
     with np.load(FIXTURES / "openvla_small.npz") as file:
         arrays = {key: file[key] for key in file.files}
     return arrays, json.loads(str(arrays.pop("json")))
-
-
-def tokenizer():
-    """Llama-2's ids for the words of the reference prompts, <unk> for others."""
-    words = Tokenizer(models.WordLevel(PIECES, unk_token="<unk>"))
-    marks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    words.normalizer = normalizers.Sequence(marks)
-    pieces = sorted((p for p in PIECES if not p.startswith("<")), key=len, reverse=True)
-    pattern = Regex("|".join(pieces).replace("?", r"\?"))
-    words.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
-    return words
 
 
 def whole_vocabulary(rows, info, arrays):
@@ -46,11 +27,9 @@ def whole_vocabulary(rows, info, arrays):
 
 def reference_tensors():
     """config.json and tensors of the reference model under their published names, and the critic's.
-
-    Tensors that no output reads are zeros; of the vocabulary only the rows in use are recorded.
-    """
+    Tensors that no output reads are zeros; of the vocabulary only the rows in use are recorded."""
     arrays, info = reference()
-    config, tensors, critic = dict(info["config"]), {}, {}
+    config, tensors = dict(info["config"]), {}
     tiny = config.pop("tiny_timm_overrides")
     first, second = (tiny[name] for name in config["timm_model_ids"])
     config["towers"] = {}
@@ -61,12 +40,12 @@ def reference_tensors():
         kind, _, name = key.partition(":")
         if kind == "deadshape":
             tensors[name] = torch.zeros(tuple(array))
-        elif kind == "w" and name.startswith("value_head."):
-            critic[name.removeprefix("value_head.")] = torch.tensor(array)
         elif kind == "w" and ("embed_tokens" in name or "lm_head" in name):
             tensors[name] = whole_vocabulary(array, info, arrays)
         elif kind == "w":
             tensors[name] = torch.tensor(array)
+    names = [name for name in tensors if name.startswith("value_head.")]
+    critic = {name.removeprefix("value_head."): tensors.pop(name) for name in names}
     return config, tensors, critic
 
 
@@ -82,7 +61,7 @@ def write_checkpoint(directory, config, tensors):
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     (directory / "config.json").write_text(json.dumps(config))
-    tokenizer().save(str(directory / "tokenizer.json"))
+    shutil.copy(FIXTURES / "tokenizer.json", directory)  # Llama-2's ids of the prompts' words
     return directory
 
 

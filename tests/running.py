@@ -1,8 +1,5 @@
 """Training scripts in the real simulator, made short: an episode has two steps, and success is
-planted, so that a policy that has learned nothing sees rewards. In a process of its own:
-
-    python tests/running.py ppo --name NAME --num-iterations 2
-"""
+planted: a policy that knows nothing sees rewards. `python tests/running.py ppo --name NAME ...`"""
 
 import contextlib
 import importlib

@@ -1,5 +1,5 @@
-"""A vector environment without a simulator, for tests of what is counted: an episode is what its id
-says. Its picture after step t is 10 * id + t, modulo 256; its reward in each step is 1."""
+"""A vector environment without a simulator: an episode is what its id says. Its picture after step
+t is 10 * id + t, modulo 256; its reward in each step is 1."""
 
 import numpy as np
 

@@ -6,18 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from running import metrics_of, state_of, weights_of
+from running import metrics_of, state_of
 from test_ppo import Bandit
 
 import dpo_vla
 from common.model.checkpoints import load_vla, save_vla
 from common.run import ranks
-from common.run.experiment import find_checkpoint
 from common.simulation.vec_env import CpuEnvs
 from dpo_vla import Args, Batch, dpo_loss, make_pairs, trajectory_logprobs, update_policy
 
 
-# --- pairs ---
 def pairs_of(returns, num_trajectories, pairs_per_state):
     """Those that are in the update, [[chosen, rejected], ..]."""
     pairs, differ = make_pairs(np.array(returns), num_trajectories, pairs_per_state)
@@ -26,21 +24,15 @@ def pairs_of(returns, num_trajectories, pairs_per_state):
 
 
 def test_best_is_paired_with_worst_of_the_same_state():
-    """Stops pairs across states, losers that are chosen, ties that count as preferences, rounding
-    that makes a pair, and trajectories in two pairs."""
+    """Stops pairs across states, chosen losers, ties and rounding that count as preferences."""
     returns = np.array([0.1, 1.2, 0.0, 1.2, 0.0, 0.0, 0.0, 0.0, 1.2, 1.1, 0.2, 0.1])
     assert pairs_of(returns, 4, 2) == [[1, 2], [3, 0], [8, 11], [9, 10]]
     assert pairs_of(returns, 4, 1) == [[1, 2], [8, 11]]
     assert pairs_of(-returns, 4, 2) == [[2, 3], [0, 1], [11, 8], [10, 9]], "the sign must matter"
     assert pairs_of([0.0, 1.0, 0.5], 3, 1) == [[1, 0]], "the middle one of three stays alone"
     assert pairs_of(np.float32([0.1 + 0.2 - 0.3, 0.0, 1.2, 1.2000002]), 2, 1) == []
-    returns = np.random.default_rng(0).choice([0.0, 0.2, 1.2], 80)
-    found = np.array(pairs_of(returns, 8, 4))
-    assert (found[:, 0] // 8 == found[:, 1] // 8).all() and len(np.unique(found)) == found.size > 20
-    assert (returns[found[:, 0]] > returns[found[:, 1]]).all()
 
 
-# --- loss ---
 @pytest.mark.parametrize("chosen, rejected, beta, loss, slope", [  # slope = d loss / d chosen
     (0.0, 0.0, 0.1, math.log(2), -0.05),  # policy = reference
     (3.0, -1.0, 0.5, math.log(1 + math.exp(-2)), -0.5 / (1 + math.exp(2))),  # right already: small
@@ -63,8 +55,7 @@ def test_loss_by_hand(chosen, rejected, beta, loss, slope):
 # --- update, on test_ppo's bandit in T = 6 steps: tokens are right that name a step's context ---
 @torch.no_grad()
 def bandit_batch(model, args, seed=0, sign=1.0):
-    """Four trajectories from each of 8 states, which fix the contexts. Returns: batch, share of
-    right tokens."""
+    """Four trajectories from each of 8 states, which fix contexts; share of right tokens."""
     generator = torch.Generator().manual_seed(seed)
     contexts = torch.randint(4, (8, 6), generator=generator).repeat_interleave(4, 0)
     obs = torch.eye(4)[contexts]
@@ -97,14 +88,6 @@ def test_learns_a_bandit_and_the_sign_matters(settings):
     assert np.mean(bandit_run(40, sign=-1.0, **settings)[1][-5:]) < 0.1
 
 
-def test_before_the_first_step_policy_is_reference():
-    """Stops temperatures that differ between policy and reference, and metrics of other pairs."""
-    metrics = bandit_run(1, pairs_per_batch=100, temperature=0.7)[2][0]
-    assert metrics["rewards/margins"] == metrics["rewards/accuracies"] == 0
-    assert metrics["rewards/chosen"] == metrics["rewards/rejected"] == 0
-    assert metrics["losses/dpo_loss"] == pytest.approx(math.log(2))
-
-
 def direct_gradient(model, batch, reference, args):
     """Gradient of the mean loss over pairs, by autograd through everything at once."""
     chosen, rejected = batch.pairs[batch.differ].T
@@ -117,8 +100,7 @@ def direct_gradient(model, batch, reference, args):
 
 @pytest.mark.parametrize("micro_batch_size, world_size", [(1, 1), (4, 1), (100, 1), (4, 2)])
 def test_two_passes_give_the_direct_gradient(monkeypatch, micro_batch_size, world_size):
-    """Stops accumulation over steps from being another loss, which a loss that is not linear in
-    them invites; and ranks, each with half of the states, from being averaged."""
+    """Stops sums over steps or ranks from being another loss, as one that is not linear invites."""
     args = Args(beta=0.7, micro_batch_size=micro_batch_size, pairs_per_batch=100, temperature=0.8)
     args.max_grad_norm = 1e9
     model, reference = bandit_run(2)[0], torch.randn(32)  # margins differ from pair to pair
@@ -162,18 +144,16 @@ def updates(monkeypatch):
 
 
 def test_what_the_loop_learns_from(train, updates, monkeypatch):
-    """Stops trajectories of a state that begin apart, act alike or repeat in the next iteration, a
-    winner that is rejected, and a video of other episodes or with its sides swapped."""
+    """Stops trajectories that begin apart, act alike or repeat, rejected winners, another video."""
     ids, videos, results = [], [], []
     begin, run_episodes = CpuEnvs._begin, dpo_vla.run_episodes
     monkeypatch.setattr(CpuEnvs, "_begin", lambda envs, new: (ids.append(new), begin(envs, new)))
     monkeypatch.setattr(dpo_vla, "write_video", lambda *args: videos.append(args))
-    monkeypatch.setattr(
-        dpo_vla, "run_episodes", lambda *a: results.append(run_episodes(*a)) or results[-1]
-    )
+    spy = lambda *args: results.append(run_episodes(*args)) or results[-1]  # noqa: E731
+    monkeypatch.setattr(dpo_vla, "run_episodes", spy)
     none = np.zeros((2, 4), bool)  # an evaluation before, one after
     success = iter([*none, *SUCCESS, *SUCCESS, *none])
-    flags = f"{FLAGS} --num-iterations 2 --eval-every 2 --learning-rate 1e-12"
+    flags = f"{FLAGS} --num-iterations 2 --eval-every 2 --learning-rate 1e-12 --temperature 0.7"
     run_dir = train("dpo", flags, success=success)
     table = np.array([list(new.values()) for new in ids[1:5]])  # episodes x environments
     assert (table[:, 0::2] == table[:, 1::2]).all() and len(np.unique(table)) == 8
@@ -185,7 +165,8 @@ def test_what_the_loop_learns_from(train, updates, monkeypatch):
     assert (ref_logprobs != 0).tolist() == [True, True, *[False] * 4, True, True]
     row = metrics_of(run_dir)[1]
     assert row["train/frac_without_pair"] == 0.5 and row["train/num_pairs"] == 2
-    assert row["losses/first_margin"] == row["rewards/margins"] == 0
+    assert row["losses/first_margin"] == row["rewards/margins"] == row["rewards/accuracies"] == 0
+    assert row["losses/dpo_loss"] == pytest.approx(math.log(2))
     ((path, frames, _),) = videos
     assert path.name == "000002-pair.mp4" and not results[0]["frames"]
     for row, side in ((1, frames[:, :, :160]), (0, frames[:, :, 160:])):
@@ -202,8 +183,7 @@ def test_no_pair_no_step(train):
 
 @pytest.mark.parametrize("kind", ["all weights", "new adapter", "loaded adapter"])
 def test_reference_is_the_start(train, updates, tmp_path, monkeypatch, kind):
-    """Stops a reference that drifts with training or is the model below a loaded adapter, a second
-    model beside a new adapter, for which a card is too small, and frozen weights that move."""
+    """Stops a reference that drifts or lacks the adapter, and a needless second model."""
     start, flags = "tiny", "--learning-rate 0.01"
     if kind == "loaded adapter":
         adapted = load_vla("tiny", lora_rank=2, seed=1)
@@ -224,9 +204,6 @@ def test_reference_is_the_start(train, updates, tmp_path, monkeypatch, kind):
     rows = [0, 1, 6, 7]
     wanted, moved = (trajectory_logprobs(m, batch, rows, args) for m in (begun, loads[0]))
     assert torch.equal(ref_logprobs[rows], wanted) and not torch.allclose(moved, wanted, atol=1e-2)
-    for name, weights in weights_of(find_checkpoint(run_dir)).items():
-        if kind == "all weights" and ("vision" in name or "projector" in name):
-            assert torch.equal(weights, begun.state_dict()[name])
     if kind == "loaded adapter":
         (tmp_path / "adapted").rename(tmp_path / "gone")
         with pytest.raises(FileNotFoundError, match="adapted"):

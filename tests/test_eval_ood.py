@@ -19,12 +19,10 @@ from common.simulation.episodes import evaluation_ids, training_episodes
 from common.simulation.tasks import REPORT_ROWS, decode
 from scripts.provenance import find_model, fingerprint, short_names
 
-ROOT = Path(__file__).parent.parent
-WARMUP = ROOT / "checkpoints/tiny-warmup"
+WARMUP = Path(__file__).parent.parent / "checkpoints/tiny-warmup"
 ALIKE = "main single main_carrot main_image carrot plate position ee_pose instruct".split()
 
 
-# --- which episodes ---
 def scenes(task, ids):
     """What the ids stand for, however the task numbers them."""
     e = decode(task, "train", ids)
@@ -60,8 +58,7 @@ def test_the_list_that_picked_a_checkpoint_never_judges_it(task, monkeypatch):
 
 
 def test_rows_and_their_lists():
-    """Stops rows out of the report's order, a training task that cannot be evaluated, lists that
-    change with their length, and one list for rows that differ a little."""
+    """Stops rows out of order, training tasks left out, lists that change with length or repeat."""
     every = eval_ood.plan_rows(eval_ood.Args.tasks)
     assert list(every.items()) == [(row[0], row[1:4]) for row in REPORT_ROWS]
     rows = eval_ood.plan_rows("noise_weak,noise_strong,main,id")
@@ -70,12 +67,8 @@ def test_rows_and_their_lists():
     for name, ids in eval_ood.plan_episodes(rows, 64, 0, "fixed").items():
         assert np.array_equal(ids, long[name][:64])
     assert not set(long["noise_weak"]) & set(long["noise_strong"])
-    # Nor may the evaluator change with a training script
-    for path in (ROOT / "eval_ood.py", *ROOT.glob("common/**/*.py")):
-        assert not re.search(r"^ *(from|import) \w+_vla\b", path.read_text(), re.M), path
 
 
-# --- settings ---
 def model_in(directory, **groups):
     """A model directory; groups: those of its training's args.json."""
     shutil.copytree(WARMUP, directory)
@@ -99,8 +92,7 @@ def test_settings_are_a_flag_s_or_training_s(tmp_path, monkeypatch):
 
 
 def test_which_checkpoint_and_its_name(tmp_path):
-    """Stops an evaluation of the wrong checkpoint of a run, or of a user's copy beside it, legends
-    that are paths, and two paths that become one name."""
+    """Stops an evaluation of another checkpoint or a user's copy, and two paths of one name."""
     for name in ("checkpoint-000012", "best-000010-copy", "best-000099.tar"):
         (tmp_path / name).mkdir()
     assert find_model(tmp_path) == str(tmp_path / "checkpoint-000012")
@@ -123,8 +115,7 @@ NAMED = {"published": "bridge", "OPENVLA": "--scene", "OTHER-SCENE": "cuda", "42
 
 @pytest.mark.parametrize("flags", re.split("[;\n] *", REFUSED))
 def test_wrong_arguments_are_refused_at_once(flags, tmp_path, monkeypatch):
-    """Stops a mistake that shows after an hour, or never: an OpenVLA that is shown the wrong scene,
-    policies in different scenes, the seed of a run's own episodes. Nothing is loaded or written."""
+    """Stops a mistake that shows after an hour, or never. Nothing is loaded or written."""
     monkeypatch.setattr(eval_ood, "make_envs", lambda *a, **k: pytest.fail("simulator started"))
     monkeypatch.setattr(eval_ood, "load_vla", lambda *a, **k: pytest.fail("model loaded"))
     paths = {"WARMUP": str(WARMUP), "OPENVLA": str(write_reference_checkpoint(tmp_path / "a"))}
@@ -136,11 +127,9 @@ def test_wrong_arguments_are_refused_at_once(flags, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-# --- the model's episodes ---
-def play(model, num_envs, temperature):
+def play(model, num_envs):
     """First actions (E, 7) of 40 episodes with so many environments."""
-    settings = {"policy": "model", "temperature": temperature}
-    actions = []
+    settings, actions = {"policy": "model", "temperature": 1.0}, []
     for episodes in np.split(np.arange(40), range(num_envs, 40, num_envs)):
         seeds = episodes.tolist()
         policy = eval_ood.make_policy(settings, model, SimpleNamespace(num_envs=1), seeds)
@@ -153,10 +142,9 @@ def play(model, num_envs, temperature):
 def test_actions_do_not_depend_on_num_envs():
     """Stops results that change with --num-envs: padded prompts, shared generators, rounding."""
     model = load_vla("tiny", trainable=False)
-    expected = play(model, 16, temperature=1.0)
-    assert np.array_equal(play(model, 32, temperature=1.0), expected)
-    assert np.array_equal(play(model, 48, temperature=1.0), expected)
+    expected = play(model, 16)
     assert len(np.unique(expected, axis=0)) > 30
+    assert all(np.array_equal(play(model, num_envs), expected) for num_envs in (32, 48))
 
 
 def test_fingerprint_sees_weights_statistics_and_base(tmp_path):
@@ -175,7 +163,6 @@ def test_fingerprint_sees_weights_statistics_and_base(tmp_path):
     assert len(seen | {fingerprint(adapter)}) == 4
 
 
-# --- in the real simulator ---
 @pytest.fixture
 def evaluate(simulators, monkeypatch, tmp_path):
     """evaluate(output, steps, **flags) -> policies of results.json without machine and minutes."""

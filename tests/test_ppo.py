@@ -7,16 +7,15 @@ import pytest
 import torch
 from running import state_of, weights_of
 
+import grpo_vla
 import ppo_vla
 from common.model.checkpoints import load_vla
 from common.model.critic import make_critic
-from common.run import metrics as run_metrics
 from common.run import ranks
 from common.run.metrics import check_ratio, explained_variance, normalize
 from ppo_vla import Args, Batch, gae, policy_loss, value_loss
 
 
-# --- advantages ---
 def direct_gae(rewards, values, dones, last_values, gamma, gae_lambda):
     """Eq. 16 term by term, O(T^2): the sum of (gamma lambda)^l delta_(t+l) to the episode's end."""
     next_values = torch.cat([values[1:], last_values[None]])
@@ -49,16 +48,6 @@ def test_gae_is_the_sum_of_discounted_deltas():
         assert not torch.allclose(advantages, changed, atol=1e-3), name
 
 
-def test_advantages_are_normalised_over_all_ranks(monkeypatch):
-    """Stops each rank from using statistics of its own, and equal rewards from moving anything."""
-    advantages = torch.randn(6, 4)
-    monkeypatch.setattr(run_metrics, "gather_envs", lambda _: advantages)
-    both = torch.cat([normalize(advantages[:, :2]), normalize(advantages[:, 2:])], dim=1)
-    torch.testing.assert_close(both, (advantages - advantages.mean()) / advantages.std())
-    monkeypatch.undo()
-    assert torch.equal(normalize(torch.full((6, 4), 0.1)), torch.zeros(6, 4))
-
-
 def test_explained_variance_is_of_returns_that_are_known():
     """Stops a critic that knows nothing but agrees with its own next value from looking good."""
     end, generator = [19, 39], torch.Generator().manual_seed(0)  # two episodes of 20 steps
@@ -76,18 +65,21 @@ def test_explained_variance_is_of_returns_that_are_known():
     assert explained_variance(perfect, rewards, dones, 0.9) == pytest.approx(1)
 
 
-# --- loss ---
-@pytest.mark.parametrize("ratio, advantage, loss, slope", [  # slope = d loss / d logprob
-    (1.0, 2.0, -2.0, -2.0),
-    (1.5, 2.0, -2.4, 0.0),  # good action, already far more likely: clipped at 1.2
-    (0.5, 2.0, -1.0, -1.0),  # good action that became unlikely: not clipped
-    (1.5, -2.0, 3.0, 3.0),  # bad action that became likely: not clipped
-    (0.5, -2.0, 1.6, 0.0),  # bad action, already far less likely: clipped at 0.8
+@pytest.mark.parametrize("clip, ratio, advantage, loss, slope", [  # slope = d loss / d logprob
+    ([0.2], 1.5, 2.0, -2.4, 0.0),  # good action, already far more likely: clipped at 1.2
+    ([0.2], 0.5, 2.0, -1.0, -1.0),  # good action that became unlikely: not clipped
+    ([0.2], 1.5, -2.0, 3.0, 3.0),  # bad action that became likely: not clipped
+    ([0.2], 0.5, -2.0, 1.6, 0.0),  # bad action, already far less likely: clipped at 0.8
+    ([0.2, 0.28], 1.25, 2.0, -2.5, -2.5),  # GRPO's upper bound: beyond where .2 would clip
+    ([0.2, 0.28], 1.5, 2.0, -2.56, 0.0),
+    ([0.2, 0.28], 0.5, 2.0, -1.0, -1.0),
+    ([0.2, 0.28], 0.75, -2.0, 1.6, 0.0),  # clipped at .8, not at .72
 ])  # fmt: skip
-def test_clipped_surrogate_by_hand(ratio, advantage, loss, slope):
-    """Stops a wrong sign, a min in place of the max, a clip that holds corrections back."""
+def test_clipped_surrogate_by_hand(clip, ratio, advantage, loss, slope):
+    """Stops a wrong sign, a min for the max, exchanged bounds, a clip that holds corrections."""
+    function = policy_loss if len(clip) == 1 else grpo_vla.policy_loss
     logratio = torch.tensor([math.log(ratio)], requires_grad=True)
-    losses = policy_loss(logratio.exp(), torch.tensor([advantage]), 0.2)
+    losses = function(logratio.exp(), torch.tensor([advantage]), *clip)
     losses.sum().backward()
     assert np.allclose([losses.item(), logratio.grad.item()], [loss, slope], atol=1e-5)
 
@@ -104,6 +96,9 @@ def test_value_loss_by_hand_and_wrong_shapes():
         (policy_loss, row, column, 0.2),
         (value_loss, column, row, row, 0.2),
         (value_loss, row, row, column, 0.2),
+        (grpo_vla.outcome_advantages, row),
+        (grpo_vla.compare_groups, rollout, rollout[:, :1], 3, grpo_vla.Args(group_size=4)),
+        (grpo_vla.policy_loss, row, column, 0.2, 0.28),
     ):
         with pytest.raises(AssertionError):
             function(*given)
@@ -146,10 +141,7 @@ def bandit_batch(model, critic, seed=0, sign=1.0, temperature=1.0):
 
 
 def bandit_run(iterations, sign=1.0, rule=torch.optim.AdamW, change=None, **settings):
-    """Update a bandit; change(batch): fields to replace.
-
-    Returns: its weights, the critic's, mean rewards and metrics per iteration.
-    """
+    """change(batch): fields to replace. Returns: weights, the critic's, rewards and metrics."""
     args = Args(**{"num_envs": 64, "num_steps": 1, "num_minibatches": 4, **settings})
     model, critic, means, metrics = Bandit(), Critic(4, 1), [], []
     optimizers = [rule(part.parameters(), lr=0.1) for part in (model, critic)]
@@ -165,10 +157,6 @@ def bandit_run(iterations, sign=1.0, rule=torch.optim.AdamW, change=None, **sett
 ONE_STEP = dict(iterations=1, rule=torch.optim.SGD, num_minibatches=1)
 
 
-def no_advantages(batch):
-    return {"advantages": torch.zeros(64)}
-
-
 @pytest.mark.parametrize("settings", [{}, dict(critic="h0", update_epochs=2, ent_coef=0.001)])
 def test_learns_a_bandit_and_the_sign_matters(settings):
     """Stops an update that does not learn: from chance (.25) to .9; with the sign flipped to .1."""
@@ -176,24 +164,21 @@ def test_learns_a_bandit_and_the_sign_matters(settings):
     assert right[0] < 0.5 and np.mean(right[-5:]) > 0.9 and np.mean(wrong[-5:]) < 0.1
 
 
-def test_entropy_bonus_and_gradient_clip():
-    """Stops a bonus that makes the policy less random, and a clip that clips nothing."""
+def test_coefficients_and_gradient_clip():
+    """Stops a bonus for less entropy, no clip, and a value loss that moves the policy."""
+    no_advantages = lambda batch: {"advantages": torch.zeros(64)}  # noqa: E731
     metrics = bandit_run(10, ent_coef=1.0, change=no_advantages)[3]
     assert metrics[-1]["losses/entropy"] > metrics[0]["losses/entropy"]
-    start = Bandit().logits.weight
+    begin = Bandit().logits.weight
     clipped, free = (bandit_run(**ONE_STEP, max_grad_norm=most)[0] for most in (1e-3, 1e9))
-    assert (clipped - start).norm() <= 0.1 * 1e-3 < (free - start).norm()
-
-
-def test_value_loss_trains_the_critic_by_its_coefficient():
-    """Stops a value loss that reaches the policy, whose gradient is 0 here, or is not scaled."""
+    assert (clipped - begin).norm() <= 0.1 * 1e-3 < (free - begin).norm()
     step = dict(ONE_STEP, critic="h0", max_grad_norm=1e9, change=no_advantages)
     runs = [bandit_run(**step, vf_coef=coefficient) for coefficient in (0.0, 1.0, 3.0)]
     start, one, three = [run[1] for run in runs]
     assert not torch.equal(one, start)
     torch.testing.assert_close(three - start, 3 * (one - start))
-    assert all(torch.equal(run[0], Bandit().logits.weight) for run in runs)
-    assert "losses/value_loss" not in bandit_run(1)[3][0], "a state critic has its own update"
+    assert all(torch.equal(run[0], begin) for run in runs)
+    assert "losses/value_loss" not in metrics[0], "a state critic has its own update"
 
 
 def test_a_state_critic_learns_its_returns():
@@ -227,17 +212,13 @@ def test_ratio_is_one_before_the_first_update():
     assert metrics["losses/approx_kl"] == pytest.approx(math.exp(0.5) - 1 - 0.5, abs=1e-5)
 
 
-def test_accumulation_changes_nothing():
-    """Stops micro-batches from being averaged with wrong weights, uneven ones included."""
+def test_minibatches_and_what_ends_an_update(monkeypatch):
+    """Stops weights of micro-batches, a KL guard after the step, NaN, an end without a sample."""
     whole, *parts = (bandit_run(2, num_minibatches=2, micro_batch_size=m)[0] for m in (32, 8, 1, 5))
     for weights in parts:
         torch.testing.assert_close(weights, whole, rtol=1e-4, atol=1e-5)
     other = bandit_run(2, num_minibatches=4)[0]
     assert not torch.allclose(other, whole, rtol=1e-3), "the check sees nothing"
-
-
-def test_what_ends_an_update(monkeypatch):
-    """Stops a KL guard after the step, training on NaN, and an end where a rank has no sample."""
     once = bandit_run(**ONE_STEP)[0]
     assert torch.equal(bandit_run(**ONE_STEP, update_epochs=3, target_kl=1e-9)[0], once)
     assert not torch.equal(bandit_run(**ONE_STEP, update_epochs=3, target_kl=10.0)[0], once)
@@ -247,7 +228,6 @@ def test_what_ends_an_update(monkeypatch):
     bandit_run(1, num_envs=128, num_minibatches=64)
 
 
-# --- the loop in the simulator ---
 KINDS = [("state", 1), ("h0", 1), ("h0", 0), ("hn", 0), ("concat", 0), ("separate", 0)]
 
 
@@ -267,7 +247,7 @@ def test_critics_and_their_warmup(train, critic, warmup):
 
 
 def test_what_the_loop_learns_from(train, monkeypatch):
-    """Stops shifted `dones`, a dropped last value, returns of other rows. T = N = 4 are planted."""
+    """Stops shifted `dones`, a dropped last value, returns of other rows."""
     success = np.array([[1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
     dones = [[1, 0, 0, 0], [0, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]]
     seen, update = [], ppo_vla.update_policy

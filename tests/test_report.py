@@ -26,8 +26,7 @@ def compared(a, b):
 
 
 def test_known_values():
-    """Stops the normal interval, an adjustment out of order or that falls, and McNemar's test
-    one-sided, by chi-square, or with p above 1 where both sides have equally many."""
+    """Stops another interval, adjustment or test: one-sided, by chi-square, with p above 1."""
     assert wilson(8, 10) == pytest.approx((0.4901624, 0.9433178), abs=1e-6)
     assert report.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert report.holm([0.9, 0.8]) == pytest.approx([1.0, 1.0]) and len(report.holm([])) == 0
@@ -41,9 +40,7 @@ def test_known_values():
 
 
 def test_compare_counts_pairs_within_rows():
-    """Stops tests on marginal counts: 5 of 10 against 5 of 10 can be 10 discordant pairs or none;
-    an adjustment over dimensions and rows together, or over one hypothesis twice: as a dimension
-    and as its only row, or as ood."""
+    """Stops tests on marginal counts, and an adjustment over too many hypotheses or one twice."""
     a = {"in_distribution": [1] * 5 + [0] * 5, "noise_weak": [0] * 10, "noise_strong": [1, 0] * 5}
     b = {"in_distribution": [0] * 5 + [1] * 5, "noise_weak": [1] * 10, "noise_strong": [1, 0] * 5}
     a["unseen_position"] = b["unseen_position"] = [0] * 10
@@ -65,8 +62,7 @@ def test_compare_counts_pairs_within_rows():
 @pytest.mark.parametrize("names", [["noise_weak"], ["in_distribution", "main"], list(DIMENSION)])
 @pytest.mark.parametrize("number", [1, 7])
 def test_report_has_all_numbers(number, names, tmp_path):
-    """Stops a report without a row, a policy, its settings or its machine, and a crash for one
-    policy, for one row, without a dimension, or for more policies than colours."""
+    """Stops a report without a row or setting, and a crash for one policy, row or dimension."""
     policies = {}
     for n in range(number):
         rows = rows_of(**{name: [1] * n + [0] * (7 - n) for name in names})

@@ -1,5 +1,4 @@
-"""Episodes of the vector environment: when they end, what is reported, what begins; the same ones
-for any number of environments and workers; workers that fail."""
+"""Episodes of the vector environment, the same ones for any number of workers that may fail."""
 
 import os
 import signal
@@ -19,7 +18,6 @@ SETTINGS = dict(SCENES["small"], task="main", split="train", max_episode_steps=S
 NONE = np.zeros((2, 7), np.float32)
 
 
-# --- episodes, without a simulator ---
 def test_episodes_end_and_the_next_begin_in_the_same_step():
     """Stops timers and returns that go on in the next episode, and pay without an episode."""
     success = {1: (1, 2), 2: (3, 4), 3: (1, 3, 4), 4: (1,)}
@@ -37,18 +35,14 @@ def test_episodes_end_and_the_next_begin_in_the_same_step():
             record = [episode[name][k].item() for name in names.split()]
             ends.append((*record, terminated[episode["env"][k]].item()))
             assert infos["final_obs"][k, 0, 0, 0] == 10 * record[0] + record[1]
-    # pictures, rewards, active; of environment 0 and 1
-    assert seen == [
-        (11, 31, 1, 1, True, True),
-        (20, 32, 1, 1, True, True),  # episode 1 has been in success for 2 steps
-        (21, 33, 1, 1, True, True),
-        (22, 34, 1, 1, True, False),  # 3 has too, at the step limit; its stream is exhausted
-        (23, 34, 1, 0, True, False),
-        (40, 34, 1, 0, True, False),  # 2 as well
-        (41, 34, 1, 0, True, False),  # 4's first success is not the third in a row
-        (42, 34, 1, 0, True, False),
-        (43, 34, 1, 0, True, False),
-        (44, 34, 1, 0, False, False),
+    # Episodes 1 and 3 have been in success for 2 steps, 2 too, at the step limit; 4 never so long
+    assert [list(column) for column in zip(*seen, strict=True)] == [
+        [11, 20, 21, 22, 23, 40, 41, 42, 43, 44],
+        [31, 32, 33, 34, 34, 34, 34, 34, 34, 34],  # the stream is exhausted
+        [1] * 10,
+        [1] * 4 + [0] * 6,
+        [True] * 9 + [False],
+        [True] * 3 + [False] * 7,
     ]
     assert ends == [
         (1, 2, 2, True, True, 2, True, True),
@@ -72,7 +66,7 @@ def test_actions_and_episodes_of_equal_length():
     assert infos["success"].tolist() == [False, True], "of the step, not of what begins"
 
 
-def test_bad_input_is_refused():
+def test_bad_input_is_refused(monkeypatch):
     """Stops broadcasting over environments, and errors that come after the simulator's start."""
     envs = ScriptedEnvs(2, {})
     with pytest.raises(ValueError, match="3"):
@@ -84,9 +78,11 @@ def test_bad_input_is_refused():
             make_envs(**{"num_envs": 2, name: value})
     with pytest.raises(ValueError, match="reset_after_success = 5"):
         make_envs(2, sim_device="cuda", reset_after_success=5)
+    monkeypatch.setenv("MS_ASSET_DIR", "nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        make_envs(2, scene="published")
 
 
-# --- in the simulator ---
 ACTIONS = np.random.default_rng(0).uniform(-0.05, 0.05, (len(IDS), STEPS, 7)).astype("float32")
 ACTIONS[..., 6] = 0
 
@@ -105,28 +101,17 @@ def play(envs):
         obs, _, _, _, infos = envs.step(commands)
         episode = infos["episode"]
         for k, i in enumerate(episode["id"]):
-            shown = np.stack([*pictures[i], infos["final_obs"][k]])
-            results[i] = (
-                shown,
-                np.stack(states[i]),
-                episode["return"][k],
-                texts[episode["env"][k]],
-            )
+            shown, text = np.stack([*pictures[i], infos["final_obs"][k]]), texts[episode["env"][k]]
+            results[i] = (shown, np.stack(states[i]), episode["return"][k], text)
     return results
 
 
 @pytest.fixture(scope="module")
-def envs_of():
-    """envs_of(number of environments, of workers): started once for all tests of this file."""
-    started = {}
-
-    def make(num_envs, num_workers):
-        if (num_envs, num_workers) not in started:
-            started[num_envs, num_workers] = CpuEnvs(num_envs, SETTINGS, 0, True, num_workers)
-        return started[num_envs, num_workers]
-
-    yield make
-    for envs in started.values():
+def both():
+    """Three environments of one worker, four of three: started once for all tests of this file."""
+    both = [CpuEnvs(n, SETTINGS, 0, True, num_workers) for n, num_workers in ((3, 1), (4, 3))]
+    yield both
+    for envs in both:
         envs.close()
 
 
@@ -157,18 +142,18 @@ def same(a, b):
         assert a[i][2] == pytest.approx(b[i][2]) and a[i][3] == b[i][3]
 
 
-@pytest.mark.parametrize("num_envs, num_workers", [(3, 1), (4, 3)])
-def test_an_episode_is_a_function_of_its_id(envs_of, alone, num_envs, num_workers):
+def test_an_episode_is_a_function_of_its_id(both, alone):
     """Stops an episode from depending on the environment, the worker or the episode before it."""
-    found = play(envs_of(num_envs, num_workers))
-    same(found, alone)
+    for envs in both:
+        found = play(envs)
+        same(found, alone)
     assert not np.array_equal(found[3][0], found[7][0]), "the check sees nothing"
     assert (found[3][0][0] != found[3][0][-1]).any() and (found[3][1][0] != found[3][1][-1]).any()
 
 
-def test_state_and_task_of_each_environment(envs_of):
+def test_state_and_task_of_each_environment(both):
     """Stops an expert with another environment's state, and a report on the first row's task."""
-    envs, others, first = envs_of(3, 1), envs_of(4, 3), []
+    (envs, others), first = both, []
     for task, split in (("main", "train"), ("plate", "test"), ("main", "train")):
         envs.set_task(task, split)
         first.append(envs.reset([iter([i]) for i in IDS[:3]])[0])
@@ -180,9 +165,9 @@ def test_state_and_task_of_each_environment(envs_of):
     assert len(np.unique(a["object_pose"], axis=0)) == 3
 
 
-def test_workers_that_fail_are_errors_that_say_so(envs_of, monkeypatch):
+def test_workers_that_fail_are_errors_that_say_so(both, monkeypatch):
     """Stops a run that waits for ever for a killed or hanging worker. Last: it leaves ruins."""
-    envs = envs_of(4, 3)
+    envs = both[1]
     envs.reset([iter(IDS)] * 4)
     monkeypatch.setattr(vec_env, "TIMEOUT_S", 1)
     os.kill(envs.workers[2][0].pid, signal.SIGSTOP)
@@ -196,7 +181,6 @@ def test_workers_that_fail_are_errors_that_say_so(envs_of, monkeypatch):
         envs.step(np.full((4, 7), np.nan))
 
 
-# --- one batched simulation ---
 def test_gpu_envs_are_the_same_episodes(alone, monkeypatch):
     """Stops the batched simulation from being read in another way: on a CPU, as a batch of one."""
     monkeypatch.setattr(vec_env, "make_env", lambda n, sim, render, **kwargs: make_env(n, **kwargs))
@@ -222,10 +206,9 @@ class Batch:
     def step(self, actions):
         self.steps += 1
         info = {name: self.ids % 2 == 0 for name in vec_env.SCALARS[1:]}
-        info["elapsed_steps"] = torch.full((len(self.ids),), self.steps)
-        pictures = torch.zeros(len(self.ids), 120, 160, 3)
-        obs = {"sensor_data": {CAMERA: {"rgb": pictures}}}
-        return obs, torch.ones(len(self.ids)), None, None, info
+        info["elapsed_steps"] = torch.full((3,), self.steps)
+        obs = {"sensor_data": {CAMERA: {"rgb": torch.zeros(3, 120, 160, 3)}}}
+        return obs, torch.ones(3), None, None, info
 
     def instructions(self):
         return [f"put {i}" for i in self.ids.tolist()]
