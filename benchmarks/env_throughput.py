@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.simulation.env import ENV_ID, SCENES  # noqa: E402
+from common.simulation.env import ENV_ID  # noqa: E402
 from common.simulation.vec_env import make_envs  # noqa: E402
 
 
@@ -53,13 +53,10 @@ def maniskill_env(episode_id, one_thread):
     if one_thread:
         os.environ["LP_NUM_THREADS"] = "0"  # read when the renderer opens its device
     import torch
-    from mani_skill.utils.wrappers import CPUGymWrapper
 
     if one_thread:
         torch.set_num_threads(1)
-    settings = dict(SCENES["small"], sim_backend="physx_cpu", render_backend="cpu")
-    env = gym.make(ENV_ID, **settings)
-    return FixedEpisode(CPUGymWrapper(env, ignore_terminations=True), episode_id)
+    return FixedEpisode(gym.make(ENV_ID, disable_env_checker=True), episode_id)
 
 
 def open_side(side, episode_ids):

@@ -1,5 +1,4 @@
 """Models on disk: `load_vla` and `save_vla`, around transformers' and PEFT's own functions.
-
 A model directory holds config.json, tokenizer.json and safetensors; a LoRA directory PEFT's files,
 the action statistics, and base/ where its base is stored nowhere else."""
 
@@ -102,7 +101,6 @@ def load_vla(
     activation_checkpointing=False, merge_adapter=False, trainable=True, seed=0, device="cpu",
 ):  # fmt: skip
     """Read or make a model: an OpenVLA or, with LoRA, a PeftModel around it; in eval mode.
-
     start: as in `locate`; "tiny" has random weights. dtype: of matmuls and frozen weights; trained
     ones are float32. lora_rank: 0 trains the adapter that is there, or else all weights.
     merge_adapter: add that adapter to the weights. seed: of new weights. Raises ValueError,

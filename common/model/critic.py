@@ -1,5 +1,4 @@
 """Critics, with one call: `critic(obs, instructions, hidden, state)` -> values (N,) float32.
-
 obs, instructions: what the policy was asked; hidden (N, 7, D): what it returned with its actions;
 state (N, D) float32: `env.state_features`. Each critic reads one of them."""
 

@@ -1,5 +1,4 @@
 """OpenVLA at every size: images and instructions in, seven action tokens out.
-
     image  -> DINOv2 + SigLIP (small model: ConvStem) -> projector -+
     prompt -> token embedding ---------------------- [BOS | patches | PAD.. text | a0..a5]
                                                                     |
@@ -7,7 +6,6 @@
                                                                     |
     hidden state h0 at the last prompt token predicts a0, h1 at a0 predicts a1, ..., h6 at a5
     h0..h6 -> 256 columns of lm_head -> action tokens
-
 `act` samples (one prefill, six cached steps), `evaluate_actions` scores given tokens at once: with
 softmax(logits / temperature) over the 256 action bins, in float32. Kim et al. 2024. Module names
 are the published checkpoint's keys. Differences from its code: docs/model.md."""
@@ -121,7 +119,6 @@ class OpenVLA(PreTrainedModel):
 
     def hidden_states(self, x, mask, cache=None, last=1):
         """Final normed hidden states (N, last, D) of the last positions.
-
         x: (N, Q, D), embeddings of the newest Q positions. mask: (N, S) bool, real tokens among all
         S positions so far, of which S - Q are in `cache`. Padding gets no position number."""
         llama, queries, keys = self.language_model.model, x.shape[1], mask.shape[1]
@@ -164,7 +161,6 @@ class OpenVLA(PreTrainedModel):
     @torch.no_grad()
     def act(self, obs, instructions, temperature=1.0, generators=None):
         """Sample an action per row of obs: (N, H, W, 3) uint8 images or what `preprocess` returned.
-
         temperature: 0 is greedy, with log-probs at temperature 1. generators: None, or N of the
         CPU, with which a row's draw does not depend on the other rows. Returns: tokens (N, 7)
         int64; logprobs (N,) float32, nats, summed over tokens; hidden states h0..h6 (N, 7, D)."""
@@ -207,7 +203,6 @@ class OpenVLA(PreTrainedModel):
 
     def evaluate_actions(self, obs, instructions, tokens, temperature=1.0):
         """Score tokens (N, 7) int64, with gradients; the rest as in `act`.
-
         Returns, in nats: token_logprobs (N, 7) float32; entropies (N,) float32, the mean over the
         tokens; and hidden states h0..h6 (N, 7, D)."""
         logp, hidden = self.bin_logprobs(obs, instructions, tokens, temperature)

@@ -1,5 +1,4 @@
 """Eyes: OpenVLA's two vision transformers, and the small model's stem.
-
 `fit` maps (N, H, W, 3) uint8 of any size to what the eyes take, and they that to image tokens
 (N, P, width). Attribute names are the published checkpoint's keys, which are timm's."""
 

@@ -6,13 +6,14 @@ object of `position_change` once, at rest. Metres, newtons, quaternions wxyz; B 
 
 from functools import partial
 
+import gymnasium
 import numpy as np
 import sapien
 import torch
 from mani_skill.envs.sapien_env import BaseEnv
-from mani_skill.utils.registration import register_env
 from mani_skill.utils.structs import Pose
 from mani_skill.utils.structs.types import GPUMemoryConfig, SceneConfig, SimConfig
+from mani_skill.utils.wrappers import CPUGymWrapper
 
 from common.simulation.assets import load_pack
 from common.simulation.robot import INITIAL_QPOS, WidowX, quat_to_matrix
@@ -36,6 +37,7 @@ GRASP_FORCE_N, GRASP_ANGLE_DEG, HELD_STEPS = 0.5, 85.0, 5
 XY_MARGIN_M, Z_MARGIN_M, CONTACT_FORCE_N = 0.01, 0.05, 0.03
 NUM_OBJECTS = max(split.stop for split in OBJECTS)
 STATE_SIZE = 23 + 4 + 4 + 3 + 1 + NUM_OBJECTS  # of `state_features`
+gymnasium.register(ENV_ID, "common.simulation.env:make_gym")
 
 
 def check_scene(task, split, scene):
@@ -46,7 +48,6 @@ def check_scene(task, split, scene):
     load_pack(SCENES[scene]["assets"])
 
 
-@register_env(ENV_ID, max_episode_steps=40)
 class PutOnReceptacleEnv(BaseEnv):
     """One episode is one id: `reset(options={"episode_ids": ids})`, ids (B,) int.
     Args: task, split: see tasks.py; the others are a row of SCENES. Nothing ends an episode:
@@ -147,6 +148,7 @@ class PutOnReceptacleEnv(BaseEnv):
     def _initialize_episode(self, env_idx, options):
         if len(env_idx) != self.num_envs:
             raise ValueError(f"{len(env_idx)} of {self.num_envs} environments: all settle at once")
+        gymnasium.Env.reset(self, seed=int(self._main_seed[0]))  # ManiSkill leaves this one out
         ids = options.get("episode_ids")
         if ids is None:
             most = num_configurations(self.task, self.split, self.fidelity)
@@ -380,3 +382,11 @@ def make_env(num_envs=1, sim_backend="physx_cpu", render_backend="cpu", **settin
     """One environment: on a CPU one episode at a time, on a GPU `num_envs` in one simulation."""
     backends = dict(sim_backend=sim_backend, render_backend=render_backend)
     return PutOnReceptacleEnv(num_envs=num_envs, **backends, **settings)
+
+
+def make_gym(scene="small", task="main", split="train", **settings):
+    """For `gymnasium.make`: one environment in numpy, which its scene's step limit truncates."""
+    check_scene(task, split, scene)
+    env = make_env(**SCENES[scene] | settings, task=task, split=split)
+    limit = env.max_episode_steps
+    return gymnasium.wrappers.TimeLimit(CPUGymWrapper(env, ignore_terminations=True), limit)
