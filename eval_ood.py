@@ -1,7 +1,7 @@
-"""The study's generalisation benchmark for any checkpoint: 16 tasks, in and out of distribution.
+"""The study's generalisation benchmark for any policy: 16 tasks, in and out of distribution.
 
     python eval_ood.py --checkpoint runs/ppo runs/sft --output results/NAME
-    python eval_ood.py --policy expert --num-episodes 16 --output results/expert
+    python eval_ood.py --policy my_policy.py:act expert --output results/mine
 
 The same command after a kill goes on with the next task. Departures from Liu et al. 2025:
 1. Explicit episodes from --seed, the same for every policy (paired), never used in training.
@@ -32,7 +32,7 @@ from common.simulation.episodes import evaluation_ids
 from common.simulation.renderer import check_simulator
 from common.simulation.tasks import REPORT_ROWS, TASKS
 from common.simulation.vec_env import make_envs
-from demonstrations.expert import Expert
+from scripts.policies import KINDS, begin, identify, load_policy, name_policies
 from scripts.provenance import find_model, fingerprint, machine, short_names, training_flags
 from scripts.report import OOD, make
 
@@ -44,7 +44,7 @@ MEANS = ("success_at_end", "success_once", "grasped", "held", "return")
 @dataclass
 class Args:
     checkpoint: tuple[str, ...] = ()  # models, or runs: their best, else latest checkpoint
-    policy: Literal["model", "random", "zero", "expert"] = "model"  # the others have no checkpoint
+    policy: tuple[str, ...] = ()  # others: random, zero, expert, FILE.py:NAME, ws://HOST:PORT
     tasks: str = "id,vision,semantics,execution"  # dimensions, rows, or training tasks (main)
     num_episodes: int = 192  # per task; a shorter list is the beginning of a longer one
     temperature: float = 0.6  # 0 = greedy; never compare results across temperatures
@@ -83,7 +83,7 @@ def plan_episodes(rows, num_episodes, seed, fidelity):
     return lists
 
 
-def plan_policy(args, checkpoint, device):
+def plan_policy(args, checkpoint, device, policy="model"):
     """All that changes a policy's results: a flag's value or, where it is None, training's."""
     model = find_model(checkpoint)
     settings = training_flags(model)
@@ -91,12 +91,12 @@ def plan_policy(args, checkpoint, device):
         settings["dtype"] = "float32"  # bfloat16 is slow on most CPUs
     for flag in ("scene", "sim_device", "dtype", "unnorm_key"):
         settings[flag] = getattr(args, flag) or settings[flag]
-    for flag in ("policy", "num_episodes", "temperature", "seed"):
+    for flag in ("num_episodes", "temperature", "seed"):
         settings[flag] = getattr(args, flag)
     check(settings["scene"], f"scene of {model} is not known: it has no args.json; add --scene")
-    settings.update(checkpoint=model, device=device.type)
-    if settings["sim_device"] == "cuda":
-        settings["num_envs"] = args.num_envs  # all are in one world
+    settings.update(identify(policy), checkpoint=model, device=device.type, policy=policy)
+    if settings["sim_device"] == "cuda" or "sha256" in settings:
+        settings["num_envs"] = args.num_envs  # all are in one world, or in one call of the policy
     if model:
         assets = SCENES[settings["scene"]]["assets"]
         choose_key(locate(model).norm_stats, settings["unnorm_key"], assets)  # or it is refused
@@ -104,21 +104,16 @@ def plan_policy(args, checkpoint, device):
 
 
 # --- evaluate ---
-def make_policy(settings, model, envs, seeds):
-    """policy(obs (M, H, W, 3) uint8, instructions, rows (M,) of the seeds) -> actions (M, 7)."""
+def make_policy(settings, model, envs, seeds, places):
+    """policy(obs (M, H, W, 3) uint8, instructions, rows (M,) of the seeds) -> actions (M, 7).
+
+    model: a VLA, or what `load_policy` gave; places: of these episodes in the task's list.
+    """
+    if settings["policy"] != "model":
+        return begin(settings["policy"], model, envs, seeds, places)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    rngs = [np.random.default_rng(seed) for seed in seeds]
-    expert = Expert(envs.num_envs)
-    still = np.array([0] * 6 + [1])  # the gripper is open
-    most = np.array([0.02, 0.02, 0.02, 0.1, 0.1, 0.1, 1.0])  # m, rad, gripper
 
     def policy(obs, instructions, rows):
-        if settings["policy"] == "zero":
-            return np.tile(still, (len(rows), 1))
-        if settings["policy"] == "random":
-            return np.stack([rngs[row].uniform(-most, most) for row in rows])
-        if settings["policy"] == "expert":
-            return expert.act(envs.privileged_state())[rows]
         # All episodes run in step, so that a block always has the same members
         actions = []
         for first in range(0, len(rows), BLOCK):
@@ -139,8 +134,9 @@ def evaluate_row(settings, model, envs, row, episode_ids, stem):
     missing = {"success", "failure"}
     values = {key: [] for key in MEANS}
     for ids in np.split(episode_ids, range(envs.num_envs, len(episode_ids), envs.num_envs)):
+        places = len(values["return"]) + np.arange(len(ids))
         seeds = [zlib.crc32(f"{settings['seed']} {task} {split} {i}".encode()) for i in ids]
-        policy = make_policy(settings, model, envs, seeds)
+        policy = make_policy(settings, model, envs, seeds, places)
         part = run_episodes(policy, envs, ids, record=len(ids) if missing else 0)
         for number, frames in part["frames"].items():
             outcome = "success" if part["success_at_end"][number] else "failure"
@@ -166,6 +162,8 @@ def evaluate_policies(results, rows, lists, num_envs, path):
         if todo and settings["checkpoint"]:
             options = {key: settings[key] for key in ("unnorm_key", "dtype", "device")}
             model = load_vla(settings["checkpoint"], **options, trainable=False)
+        elif todo:
+            model = load_policy(settings)
         if todo and envs is None:
             envs = make_envs(num_envs, scene=settings["scene"], sim_device=settings["sim_device"])
         for row in tqdm(todo, name, unit="task"):
@@ -179,19 +177,21 @@ def evaluate_policies(results, rows, lists, num_envs, path):
 
 def main(args):
     # --- what to evaluate ---
-    fits = (args.policy == "model") == bool(args.checkpoint)
-    check(fits, f"policy = {args.policy}: model needs --checkpoint, the others must have none")
+    names = short_names(args.checkpoint)
+    others = name_policies(args.policy, names)
+    check(names or others, f"policy = {args.policy}: add --checkpoint, or one of {KINDS}")
     fits = args.num_envs in range(BLOCK, 10**6, BLOCK)
     check(fits, f"num_envs = {args.num_envs} must be a multiple of {BLOCK}; use {BLOCK}")
     check(args.temperature >= 0, f"temperature = {args.temperature} must be >= 0; use 0.6")
     rows = plan_rows(args.tasks)
     _, _, device = setup_ranks(args.device, args.seed)
-    names = short_names(args.checkpoint) or [args.policy]
     policies = {}
-    for name, checkpoint in zip(names, args.checkpoint or [""], strict=True):
+    for name, checkpoint in zip(names, args.checkpoint, strict=True):
         policies[name] = plan_policy(args, checkpoint, device)
+    for name, policy in others.items():
+        policies[name] = plan_policy(args, "", device, policy)
     worlds = {(settings["scene"], settings["sim_device"]) for settings in policies.values()}
-    check(len(worlds) == 1, f"checkpoints were trained in {worlds}; add --scene and --sim-device")
+    check(len(worlds) == 1, f"policies play in {worlds}; add --scene and --sim-device")
     scene, sim_device = worlds.pop()
     check_scene("main", "train", scene)
     check_simulator(sim_device)
