@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +20,7 @@ from common.model.checkpoints import load_vla, save_vla
 from common.run import evaluate as evaluation
 from common.simulation.episodes import evaluation_ids, training_episodes
 from common.simulation.tasks import REPORT_ROWS, decode
+from scripts.policies import load_policy
 from scripts.provenance import find_model, fingerprint, short_names
 
 WARMUP = Path(__file__).parent.parent / "checkpoints/tiny-warmup"
@@ -59,8 +63,8 @@ def test_the_list_that_picked_a_checkpoint_never_judges_it(task, monkeypatch):
 
 def test_rows_and_their_lists():
     """Stops rows out of order, training tasks left out, lists that change with length or repeat."""
-    every = eval_ood.plan_rows(eval_ood.Args.tasks)
-    assert list(every.items()) == [(row[0], row[1:4]) for row in REPORT_ROWS]
+    every = eval_ood.plan_rows(eval_ood.Args.tasks).items()
+    assert list(every) == [(row[0], row[1:4]) for row in REPORT_ROWS]
     rows = eval_ood.plan_rows("noise_weak,noise_strong,main,id")
     assert list(rows) == ["main", "in_distribution", "noise_weak", "noise_strong"]
     long = eval_ood.plan_episodes(rows, 192, 0, "fixed")
@@ -76,40 +80,37 @@ def model_in(directory, **groups):
     return str(directory)
 
 
-def test_settings_are_a_flag_s_or_training_s(tmp_path, monkeypatch):
-    """Stops an evaluation in another simulation than the training's, or with another decoding."""
-    trained = {"task": "main", "scene": "published", "sim_device": "cuda"}
-    model = model_in(tmp_path / "a", scene=trained, model={"unnorm_key": "x", "dtype": "bfloat16"})
+def test_which_checkpoint_its_name_and_settings(tmp_path, monkeypatch):
+    """Stops an evaluation in another simulation than the training's, with another decoding, of
+    another checkpoint or a user's copy, and two paths of one name."""
+    scene, model = (
+        dict(scene="published", sim_device="cuda"),
+        dict(unnorm_key="x", dtype="bfloat16"),
+    )
+    path = model_in(tmp_path / "a", scene=dict(scene, task="main"), model=model)
     monkeypatch.setattr(eval_ood, "choose_key", lambda *arguments: None)
-    names = ("scene", "sim_device", "unnorm_key", "dtype", "num_envs")
-    flags = {"scene": "small", "sim_device": "cpu", "unnorm_key": "y"}
-    for given, device, expected in (
-        ({}, "cuda", ["published", "cuda", "x", "bfloat16", 16]),
-        (flags, "cpu", ["small", "cpu", "y", "float32", None]),
-    ):
-        settings = eval_ood.plan_policy(eval_ood.Args(**given), model, torch.device(device))
-        assert [settings.get(name) for name in names] == expected
-
-
-def test_which_checkpoint_and_its_name(tmp_path):
-    """Stops an evaluation of another checkpoint or a user's copy, and two paths of one name."""
-    for name in ("checkpoint-000012", "best-000010-copy", "best-000099.tar"):
-        (tmp_path / name).mkdir()
-    assert find_model(tmp_path) == str(tmp_path / "checkpoint-000012")
-    for name in ("best-000004", "best-000010"):
-        (tmp_path / name).mkdir()
-    assert find_model(tmp_path) == str(tmp_path / "best-000010")
+    flags = dict(scene="small", sim_device="cpu", unnorm_key="y")
+    training, given = dict(scene, **model, num_envs=16), dict(flags, dtype="float32", num_envs=None)
+    for args, device, expected in (({}, "cuda", training), (flags, "cpu", given)):
+        settings = eval_ood.plan_policy(eval_ood.Args(**args), path, torch.device(device))
+        assert {name: settings.get(name) for name in expected} == expected
+    latest = ("checkpoint-000012", "best-000010-copy", "best-000099.tar")
+    for found, *names in (latest, ("best-000010", "best-000004")):
+        for name in (found, *names):
+            (tmp_path / name).mkdir()
+        assert find_model(tmp_path) == str(tmp_path / found)
     assert short_names(["runs/ppo", "checkpoints/tiny-warmup/"]) == ["ppo", "tiny-warmup"]
     assert short_names(["/a/runs/x", "/b/runs/x"]) == ["a-runs-x", "b-runs-x"]
     assert short_names(["/a/best-000010", "tiny"]) == ["a-best-000010", "tiny"]
 
 
-REFUSED = """--policy model; --checkpoint tiny --policy zero; --policy zero --num-episodes 0
+REFUSED = """--policy model; --policy zero zero; --policy gone.py:act; --policy eval_ood.py
+    --policy ws://127.0.0.1:1; --policy ws://127.0.0.1:99999; --policy zero --num-episodes 0
     --policy zero --num-envs 15; --policy zero --num-envs 0; --policy zero --tasks noise_weka
     --policy zero --temperature -1; --policy zero --num-episodes 5000; --checkpoint tiny ./tiny
-    --checkpoint tiny --unnorm-key other; --checkpoint runs/no-such-run
+    --checkpoint tiny --unnorm-key other; --checkpoint runs/no-such-run; --checkpoint OPENVLA
     --checkpoint WARMUP --scene published; --policy zero --seed 4294967296
-    --checkpoint OPENVLA; --checkpoint WARMUP OTHER-SCENE"""
+    --checkpoint WARMUP OTHER-SCENE"""
 NAMED = {"published": "bridge", "OPENVLA": "--scene", "OTHER-SCENE": "cuda", "4294967296": "Seed"}
 
 
@@ -122,7 +123,7 @@ def test_wrong_arguments_are_refused_at_once(flags, tmp_path, monkeypatch):
     paths["OTHER-SCENE"] = model_in(tmp_path / "b", scene={"sim_device": "cuda"})
     *_, value = words = flags.split()
     argv = [paths.get(word, word) for word in words] + ["--output", str(tmp_path / "out")]
-    with pytest.raises((ValueError, FileNotFoundError), match=NAMED.get(value, value)):
+    with pytest.raises((ValueError, OSError), match=NAMED.get(value, value)):
         eval_ood.main(tyro.cli(eval_ood.Args, args=argv))
     assert not (tmp_path / "out").exists()
 
@@ -130,9 +131,9 @@ def test_wrong_arguments_are_refused_at_once(flags, tmp_path, monkeypatch):
 def play(model, num_envs):
     """First actions (E, 7) of 40 episodes with so many environments."""
     settings, actions = {"policy": "model", "temperature": 1.0}, []
-    for episodes in np.split(np.arange(40), range(num_envs, 40, num_envs)):
-        seeds = episodes.tolist()
-        policy = eval_ood.make_policy(settings, model, SimpleNamespace(num_envs=1), seeds)
+    for first in range(0, 40, num_envs):
+        seeds = range(first, min(first + num_envs, 40))
+        policy = eval_ood.make_policy(settings, model, SimpleNamespace(num_envs=1), seeds, None)
         texts = [f"put {'big ' * (n % 3)}carrot on plate" for n in seeds]
         pictures = [np.random.default_rng(n).integers(256, size=(120, 160, 3)) for n in seeds]
         actions.append(policy(np.array(pictures, np.uint8), texts, np.arange(len(seeds))))
@@ -152,15 +153,14 @@ def test_fingerprint_sees_weights_statistics_and_base(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     save_vla(load_vla("tiny"), base)
     save_vla(load_vla(str(base), lora_rank=2), adapter)
-    seen = {fingerprint(adapter)}
-    (adapter / "args.json").write_text("{}")
-    assert {fingerprint(adapter)} == seen
-    for name in ("adapter/adapter_model.safetensors", "base/model.safetensors"):
-        weights = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
-        seen.add(fingerprint(adapter))
-    (adapter / "dataset_statistics.json").write_text('{"other": {}}')
-    assert len(seen | {fingerprint(adapter)}) == 4
+    (adapter / "args.json").touch()
+    seen = [fingerprint(adapter)]
+    files = "args.json adapter_model.safetensors ../base/model.safetensors dataset_statistics.json"
+    for path in map(adapter.joinpath, files.split()):
+        old = path.read_bytes()
+        path.write_bytes(old + b" " if path.suffix == ".json" else old[:-1] + bytes([old[-1] ^ 1]))
+        seen.append(fingerprint(adapter))
+    assert seen[0] == seen[1] and len(set(seen)) == 4
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def evaluate(simulators, monkeypatch, tmp_path):
         defaults = dict(tasks="main,mid_episode_reposition", num_episodes=3, num_envs=2)
         eval_ood.main(eval_ood.Args(output=str(tmp_path / output), **{**defaults, **flags}))
         policies = json.loads((tmp_path / output / "results.json").read_text())["policies"]
-        for row in sum((list(policy["rows"].values()) for policy in policies.values()), []):
+        for row in (row for policy in policies.values() for row in policy["rows"].values()):
             assert row.pop("minutes") > 0 and row.pop("commit")
         return policies
 
@@ -187,38 +187,94 @@ def evaluate(simulators, monkeypatch, tmp_path):
 
 def test_same_results_for_any_num_envs_and_after_a_kill(evaluate, tmp_path, monkeypatch):
     """Stops results that depend on chance, on --num-envs or on an interruption."""
-    first = evaluate("first", policy="random")
+    first = evaluate("first", policy=("random",))
     real = eval_ood.evaluate_row
     calls = iter((real, lambda *_: 1 / 0, real))  # the finished row never runs again
     monkeypatch.setattr(eval_ood, "evaluate_row", lambda *arguments: next(calls)(*arguments))
     with pytest.raises(ZeroDivisionError):
-        evaluate("killed", policy="random")
-    assert evaluate("killed", policy="random", num_envs=3) == first
+        evaluate("killed", policy=("random",))
+    assert evaluate("killed", policy=("random",), num_envs=3) == first
     for flags in (dict(seed=1), dict(tasks="main"), dict(temperature=0.0)):
         with pytest.raises(ValueError, match="killed"):
-            evaluate("killed", policy="random", **flags)
+            evaluate("killed", policy=("random",), **flags)
     for name in ("report.md", "figure.png", "videos/random/main-failure.mp4"):
         assert (tmp_path / "first" / name).stat().st_size > 500
     assert not list(tmp_path.rglob(".*")), "a temporary file is left"
 
 
-def test_two_checkpoints_of_runs(evaluate, tmp_path):
-    """Stops a checkpoint that does not evaluate without flags, and unpaired episodes."""
+def test_checkpoints_of_runs_and_baselines(evaluate, tmp_path):
+    """Stops a checkpoint that does not evaluate without flags, unpaired episodes, a broken measure
+    of success, and an expert that goes on with a finished episode."""
     runs = [str(tmp_path / "a"), str(tmp_path / "b")]
     for seed, run in enumerate(runs):
         save_vla(load_vla("tiny", seed=seed), f"{run}/best-000003")
         Path(run, "best-000003/args.json").write_text('{"model": {"dtype": "bfloat16"}}')
-    a, b = evaluate("two", checkpoint=runs, tasks="id", device="cpu").values()
-    assert a["arguments"]["weights"] != b["arguments"]["weights"]
-    assert (a["arguments"]["temperature"], a["arguments"]["dtype"]) == (0.6, "float32")
-    a, b = (policy["rows"]["in_distribution"]["episode_ids"] for policy in (a, b))
-    assert a == b == evaluation_ids("carrot", "train", 3).tolist()
+    both = evaluate("two", checkpoint=runs, tasks="id", device="cpu").values()
+    assert len({policy["arguments"]["weights"] for policy in both}) == 2
+    for policy in both:
+        used = policy["arguments"]["temperature"], policy["arguments"]["dtype"]
+        ids = policy["rows"]["in_distribution"]["episode_ids"]
+        assert (*used, ids) == (0.6, "float32", evaluation_ids("carrot", "train", 3).tolist())
     assert "a = a, b = b" in (tmp_path / "two/report.md").read_text()
-
-
-def test_expert_solves_in_distribution_and_zero_does_not(evaluate):
-    """Stops a broken measure of success, and an expert that goes on with a finished episode."""
     for policy, k in (("expert", 3), ("zero", 0)):
-        row = evaluate(policy, 40, policy=policy, tasks="id")[policy]["rows"]["in_distribution"]
+        row = evaluate(policy, 40, policy=(policy,), tasks="id")[policy]["rows"]["in_distribution"]
         assert (row["k"], sum(row["success"]), row["success_at_end"]) == (k, k, k / 3)
         assert row["return"] == pytest.approx(1.2 if k else 0) and row["held"] == (k > 0)
+
+
+PAGE = (WARMUP.parents[1] / "docs/your_policy.md").read_text()
+PAGE = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE, re.S))
+RECORDER = """calls = []
+class Recorder:
+    reset = lambda self, rows: calls.append(rows.tolist())
+    def __call__(self, images, instructions, rows):
+        calls.append((images, instructions, rows.tolist()))
+        return [[0, 0, 0, 0, 0, 0, 1]] * len(rows)"""
+
+
+@pytest.mark.parametrize("file, name", [*zip(PAGE, ("act", "Chunks", ""), strict=True)])
+def test_the_page_s_adapters_play(file, name, evaluate, tmp_path):
+    """Stops a page whose code does not run: as it stands, in the real simulator, on a socket."""
+    (tmp_path / file).write_text(PAGE[file])
+    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]  # and it is free again
+    policy = f"{tmp_path / file}:{name}" if name else f"ws://127.0.0.1:{port}"
+    command = ["true"] if name else ["timeout", "60", sys.executable, tmp_path / file, str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        if not name:
+            pytest.importorskip("websockets")
+            assert process.stdout.readline() == "ready\n"
+        (results,) = evaluate("page", policy=(policy,), tasks="id").values()
+        process.terminate()
+    assert results["rows"]["in_distribution"]["success"] == [0, 0, 0]
+    assert len(list(tmp_path.glob("page/videos/*/in_distribution-failure.mp4"))) == 1
+
+
+def test_a_policy_plays_its_own_episodes_once(evaluate, simulators, monkeypatch, tmp_path):
+    """Stops another episode's picture or memory in a row, and results of a file's earlier text."""
+    path = tmp_path / "mine.py"
+    path.write_text(RECORDER)
+    flags = dict(policy=(f"{path}:Recorder", "zero"), tasks="main,unseen_receptacles")
+    results = evaluate("out", **flags)
+    mine, zero = (policy["rows"] for policy in results.values())
+    assert mine == zero, "the same policy, once from a file"
+    calls, envs = iter(sys.modules["policy_mine"].calls), simulators(2)
+    for task, split, seed in (("main", "train", 1), ("plate", "test", 0)):
+        envs.set_task(task, split)
+        ids = evaluation_ids(task, split, 3, seed)
+        for rows in ([0, 1], [2]):
+            obs, infos = envs.reset([iter(ids[rows][n : n + 1]) for n in (0, 1)])
+            assert next(calls) == rows
+            images, texts, _ = first = next(calls)
+            assert all(call[2] == rows for call in (first, *(next(calls) for _ in range(7))))
+            assert texts == infos["instruction"][: len(rows)]
+            np.testing.assert_array_equal(images, obs[: len(rows)])
+    assert not list(calls)
+    monkeypatch.setattr(eval_ood, "evaluate_row", lambda *_: pytest.fail("it runs again"))
+    assert evaluate("out", **flags) == results
+    with pytest.raises(ValueError, match="mine-Recorder"):
+        evaluate("out", **flags, num_envs=3)
+    path.write_text(RECORDER + "\n# another version")
+    with pytest.raises(ValueError, match="mine-Recorder"):
+        evaluate("out", **flags)
+    with pytest.raises(ValueError, match="changed"):  # between the plan and the first episode
+        load_policy(results["mine-Recorder"]["arguments"])

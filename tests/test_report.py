@@ -32,18 +32,18 @@ def test_known_values():
     assert report.holm([0.9, 0.8]) == pytest.approx([1.0, 1.0]) and len(report.holm([])) == 0
     cases = ((1, 9, 22 / 1024), (9, 1, 22 / 1024), (0, 5, 2 / 32), (4, 4, 1), (0, 0, 1))
     for only_a, only_b, p in cases:
-        a = [1] * only_a + [0] * only_b + [1, 0]
-        b = [0] * only_a + [1] * only_b + [1, 0]
+        a, b = ([k] * only_a + [1 - k] * only_b + [1, 0] for k in (1, 0))
         test = compared({"noise_weak": a}, {"noise_weak": b})["noise_weak"]
-        assert (test["only a"], test["only b"]) == (only_a, only_b)
-        assert test["p"] == pytest.approx(p) and test["b - a"] == (only_b - only_a) / len(a)
+        assert (test["only a"], test["only b"], test["p"]) == (only_a, only_b, pytest.approx(p))
+        assert test["b - a"] == (only_b - only_a) / len(a)
 
 
-def test_compare_counts_pairs_within_rows():
-    """Stops tests on marginal counts, and an adjustment over too many hypotheses or one twice."""
-    a = {"in_distribution": [1] * 5 + [0] * 5, "noise_weak": [0] * 10, "noise_strong": [1, 0] * 5}
-    b = {"in_distribution": [0] * 5 + [1] * 5, "noise_weak": [1] * 10, "noise_strong": [1, 0] * 5}
-    a["unseen_position"] = b["unseen_position"] = [0] * 10
+def test_pairs_within_rows_and_bars_under_their_names():
+    """Stops tests on marginal counts, an adjustment over too many hypotheses or one twice, and a
+    policy's bar beside another task's name, where its rows have another order."""
+    same = dict(noise_strong=[1, 0] * 5, unseen_position=[0] * 10)
+    a = dict(in_distribution=[1] * 5 + [0] * 5, noise_weak=[0] * 10, **same)
+    b = dict(in_distribution=[0] * 5 + [1] * 5, noise_weak=[1] * 10, **same)
     tests = compared(a, b)
     assert list(tests) == ["vision", "ood", *a]
     assert (tests["in_distribution"]["only a"], tests["in_distribution"]["p"]) == (5, 1)
@@ -57,6 +57,11 @@ def test_compare_counts_pairs_within_rows():
         report.compare(rows_of(**a), other)
     del a["unseen_position"], b["unseen_position"]
     assert list(compared(a, b)) == ["vision", *a]
+    rows = rows_of(in_distribution=[1, 1], noise_weak=[0, 0])
+    figure = report.figure({"a": {"rows": rows}, "b": {"rows": dict(reversed(rows.items()))}})
+    texts = [*figure.axes[0].get_yticklabels(), *figure.legends[0].get_texts()]
+    assert [text.get_text() for text in texts] == ["in distribution", "noise weak", "a", "b"]
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [1, 0, 1, 0]
 
 
 @pytest.mark.parametrize("names", [["noise_weak"], ["in_distribution", "main"], list(DIMENSION)])
@@ -71,19 +76,7 @@ def test_report_has_all_numbers(number, names, tmp_path):
     report.make(tmp_path)
     assert (tmp_path / "figure.png").stat().st_size > 5000
     text = (tmp_path / "report.md").read_text()
-    for name in names:
-        assert text.count(f"| {name} ") == number
+    assert all(text.count(f"| {name} ") == number for name in names)
     low, high = wilson(n, 7)  # of the last policy
     for words in (f"{n / 7:.3f} [{low:.3f}, {high:.3f}]", f"policy {n}", "0.6", "abc1234", "CPU"):
         assert words in text
-
-
-def test_bars_are_under_their_own_names():
-    """Stops a policy's bar beside another task's name, where its rows have another order."""
-    a = {"rows": rows_of(in_distribution=[1, 1], noise_weak=[0, 0])}
-    b = {"rows": rows_of(noise_weak=[0, 0], in_distribution=[1, 1])}
-    figure = report.figure({"a": a, "b": b})
-    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert names == ["in distribution", "noise weak"]
-    assert [bar.get_width() for bar in figure.axes[0].patches] == [1, 0, 1, 0]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]

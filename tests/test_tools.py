@@ -17,60 +17,54 @@ def forget_answers():
     renderer.check_renderer.cache_clear()
 
 
-def test_this_machine(capsys):
-    """Stops a report that passes where no picture can be made, or ends at an optional part."""
+def test_doctor_with_and_without_vulkan(monkeypatch, capsys):
+    """Stops a report that passes where no picture can be made, or ends at an optional part, and ten
+    minutes of waiting that end in a bare `ErrorIncompatibleDriver`."""
     assert doctor.main() == 0, capsys.readouterr().out
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(doctor.CHECKS)
     assert "ManiSkill 3.0.1, pictures by " in lines[1] and lines[1].startswith("ok")
-
-
-def test_missing_vulkan_names_the_fix(monkeypatch, capsys):
-    """Stops ten minutes of waiting that end in a bare `ErrorIncompatibleDriver`."""
-    monkeypatch.setenv("VK_ICD_FILENAMES", "/nowhere.json")
-    monkeypatch.setenv("VK_DRIVER_FILES", "/nowhere.json")
+    renderer.check_renderer.cache_clear()
+    for name in ("VK_ICD_FILENAMES", "VK_DRIVER_FILES"):
+        monkeypatch.setenv(name, "/nowhere.json")
     with pytest.raises(RuntimeError, match="(?s)'cpu'.*ErrorIncompatibleDriver.*mesa-vulkan"):
         renderer.check_simulator("cpu")
     assert doctor.main() == 1
     assert "MISSING  simulation" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("probe", ["import os; os.kill(os.getpid(), 11)", "pass"])
-def test_a_crash_is_an_answer(monkeypatch, probe):
-    """Stops a driver's segmentation fault from ending the caller, and silence taken for success."""
-    monkeypatch.setattr(renderer, "PROBE", probe)
-    with pytest.raises(RuntimeError, match="exit status"):
-        renderer.check_renderer("cpu")
-
-
-def test_gpu_simulation_without_its_library(monkeypatch, tmp_path):
-    """Stops several ranks that download it at once, and an error after the model is read."""
+def test_a_crash_and_a_missing_library_are_answers(monkeypatch, tmp_path):
+    """Stops a driver's segmentation fault from ending the caller, silence taken for success, and
+    several ranks that download PhysX at once, or find it missing after the model is read."""
+    for probe in ("import os; os.kill(os.getpid(), 11)", "pass"):
+        monkeypatch.setattr(renderer, "PROBE", probe)
+        with pytest.raises(RuntimeError, match="exit status"):
+            renderer.check_renderer("cpu")
     monkeypatch.setattr(renderer, "check_renderer", lambda device: device)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(RuntimeError, match="enable_gpu"):
         renderer.check_simulator("cuda")
-    (tmp_path / ".sapien/physx/105.1").mkdir(parents=True)
-    (tmp_path / ".sapien/physx/105.1/libPhysXGpu_64.so").touch()
+    (tmp_path / ".sapien/physx/105.1/libPhysXGpu_64.so").mkdir(parents=True)
     renderer.check_simulator("cuda")
 
 
 def test_weights_steps_and_memory_of_both_sizes():
     """Stops a plan that is of another model or update than the run; 7B numbers are OpenVLA's."""
-    small, large = plan("ppo_vla", ["--num-envs", "32"]), plan("ppo_vla", ["--preset", "paper"])
-    assert small["million weights"] == "1.6, trains 0.9"
-    assert small["optimizer steps"] == "1,700, each of 256 samples"
-    assert small["num_envs (default 64)"] == 32
+    large = plan("ppo_vla", ["--preset", "paper"])
     assert large["million weights"] == "7,607.3, trains 109.1"
-    assert large["optimizer steps"] == "12,512, each of 160 samples"
     assert large["environment steps"] == "2,001,920, 5,120 per iteration"
     assert large["GB of weights"] == pytest.approx(15.43, abs=0.01)
     assert large["GB of activations in an update"] == pytest.approx(14.28, abs=0.01)
     assert large["GB of cache in acting"] == pytest.approx(10.17, abs=0.01)
+    small = plan("ppo_vla", ["--num-envs", "32"])
+    assert (small["million weights"], small["num_envs (default 64)"]) == ("1.6, trains 0.9", 32)
 
 
 @pytest.mark.parametrize("command, steps", [
     ("grpo_vla.py --num-minibatches 5", "425, each of 2048 samples"),
     ("dpo_vla --preset paper", "12,512, each of 160 samples"),
+    ("ppo_vla --preset paper", "12,512, each of 160 samples"),
+    ("ppo_vla --num-envs 32", "1,700, each of 256 samples"),
     ("sft_vla --preset warmup", "2,000, each of 32 samples"),
 ])  # fmt: skip
 def test_every_script_has_a_plan(command, steps):
@@ -81,51 +75,24 @@ def test_every_script_has_a_plan(command, steps):
         plan(script, ["--model", "checkpoints/tiny-warmpu"])
 
 
-SETUP = Path(__file__).parent.parent / "scripts/setup.sh"
-DEB822 = """\
-Types: deb
-URIs: http://host.example/security
-Suites: bookworm-security
-
-Types: deb deb-src
-# a comment
-URIs: http://host.example/debian
-Suites: bookworm bookworm-updates
-Components: main contrib
-Signed-By: /keys/debian.gpg
-"""
-ONE_LINE = """\
-# deb http://host.example/old bookworm main
-deb http://host.example/security bookworm-security main
-deb\t[signed-by=/keys/debian.gpg] http://host.example/debian bookworm main contrib
-"""
-DEB822_ADDED = """\
-Types: deb
-URIs: http://host.example/debian
-Suites: bookworm-backports
-Components: main
-Signed-By: /keys/debian.gpg
-"""
-ONE_LINE_ADDED = """\
-deb [signed-by=/keys/debian.gpg] http://host.example/debian bookworm-backports main
-"""
+ROOT = Path(__file__).parent.parent
+APT = ROOT / "tests/fixtures/apt"  # a machine's own entries, and what is added
 
 
-@pytest.mark.parametrize("file, text, added, expected", [
-    ("sources.list.d/debian.sources", DEB822, "backports.sources", DEB822_ADDED),
-    ("sources.list", ONE_LINE, "backports.list", ONE_LINE_ADDED),
-    ("sources.list", ONE_LINE.replace("bookworm", "trixie"), None, None),
+@pytest.mark.parametrize("file, suite, added", [
+    ("sources.list.d/debian.sources", "bookworm", ["cleanvla-backports.sources"]),
+    ("sources.list", "bookworm", ["cleanvla-backports.list"]), ("sources.list", "trixie", []),
 ])  # fmt: skip
-def test_backports_come_from_the_machines_own_source(tmp_path, file, text, added, expected):
+def test_backports_come_from_the_machines_own_source(tmp_path, file, suite, added):
     """Stops a copy of the wrong entry or one without its key, and a file where there is none."""
+    own = (APT / Path(file).name).read_text().replace("bookworm", suite)
     (tmp_path / "sources.list.d").mkdir()
-    (tmp_path / file).write_text(text)
-    functions = SETUP.read_text().split("# --- nothing to do? ---")[0].replace("cd ", ": ")
-    functions = functions.replace("APT=/etc/apt\n", f"APT={tmp_path}\n")
+    (tmp_path / file).write_text(own)
+    functions = (ROOT / "scripts/setup.sh").read_text().split("# --- nothing to do? ---")[0]
+    functions = functions.replace("cd ", ": ").replace("APT=/etc/apt\n", f"APT={tmp_path}\n")
     call = "\napt_update() { :; }\nid() { echo 0; }\nadd_backports bookworm-backports bookworm"
     run = subprocess.run(["bash", "-c", functions + call], capture_output=True, text=True)
-    found = {path.name: path.read_text() for path in (tmp_path / "sources.list.d").iterdir()}
-    found.pop(Path(file).name, None)
-    assert found == ({f"cleanvla-{added}": expected} if added else {}), run.stderr
-    assert run.returncode == (0 if added else 1)
-    assert (tmp_path / file).read_text() == text, "the machine's own entry is never changed"
+    found = {path.name: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found.pop(Path(file).name) == own, "the machine's own entry is never changed"
+    assert found == {name: (APT / name).read_text() for name in added}, run.stderr
+    assert run.returncode == (not added)

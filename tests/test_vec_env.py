@@ -30,30 +30,23 @@ def test_episodes_end_and_the_next_begin_in_the_same_step():
         seen.append((*obs[:, 0, 0, 0].tolist(), *rewards.tolist(), *infos["active"].tolist()))
         episode = infos["episode"]
         assert episode["env"].tolist() == np.flatnonzero(terminated | truncated).tolist()
-        for k in range(len(episode["id"])):
+        for k, env in enumerate(episode["env"]):
             names = "id length return success_at_end success_once success_steps grasped"
             record = [episode[name][k].item() for name in names.split()]
-            ends.append((*record, terminated[episode["env"][k]].item()))
+            ends.append([*map(int, record), int(terminated[env])])
             assert infos["final_obs"][k, 0, 0, 0] == 10 * record[0] + record[1]
+    # The second stream is exhausted after three steps, the first one with the last step
+    columns = [[11, 20, 21, 22, 23, 40, 41, 42, 43, 44], [31, 32, 33] + [34] * 7, [1] * 10]
+    columns += [[1] * 4 + [0] * 6, [True] * 9 + [False], [True] * 3 + [False] * 7]
+    assert [list(column) for column in zip(*seen, strict=True)] == columns
     # Episodes 1 and 3 have been in success for 2 steps, 2 too, at the step limit; 4 never so long
-    assert [list(column) for column in zip(*seen, strict=True)] == [
-        [11, 20, 21, 22, 23, 40, 41, 42, 43, 44],
-        [31, 32, 33, 34, 34, 34, 34, 34, 34, 34],  # the stream is exhausted
-        [1] * 10,
-        [1] * 4 + [0] * 6,
-        [True] * 9 + [False],
-        [True] * 3 + [False] * 7,
-    ]
-    assert ends == [
-        (1, 2, 2, True, True, 2, True, True),
-        (3, 4, 4, True, True, 2, True, True),
-        (2, 4, 4, True, True, 2, False, True),
-        (4, 4, 4, False, True, 0, False, False),
-    ]
+    assert ends[:2] == [[1, 2, 2, 1, 1, 2, 1, 1], [3, 4, 4, 1, 1, 2, 1, 1]]
+    assert ends[2:] == [[2, 4, 4, 1, 1, 2, 0, 1], [4, 4, 4, 0, 1, 0, 0, 0]]
 
 
 def test_actions_and_episodes_of_equal_length():
-    """Stops --reset-after-success 0 from ending episodes, and a .3 that opens the gripper."""
+    """Stops --reset-after-success 0 from ending episodes, a .3 that opens the gripper, and
+    broadcasting over environments."""
     envs = ScriptedEnvs(2, {1: (1, 2, 3)})
     envs.reset([iter([1, 2]), iter([2, 1])])
     for step, value in enumerate((0.3, 0.5, 0.51, 1.0, -1.0, 0.0), 1):
@@ -64,23 +57,22 @@ def test_actions_and_episodes_of_equal_length():
         assert (envs.actions[-1][:, :6] == actions[:, :6]).all() and len(np.unique(actions)) == 1
     assert infos["episode"]["success_at_end"].tolist() == [False, True]
     assert infos["success"].tolist() == [False, True], "of the step, not of what begins"
-
-
-def test_bad_input_is_refused(monkeypatch):
-    """Stops broadcasting over environments, and errors that come after the simulator's start."""
-    envs = ScriptedEnvs(2, {})
-    with pytest.raises(ValueError, match="3"):
-        envs.reset([iter([1])] * 3)
     with pytest.raises(ValueError, match=r"\(1, 7\)"):
         envs.step(np.zeros((1, 7)))
-    for name, value in dict(num_envs=0, task="no_task", scene="no_scene", split="no_split").items():
-        with pytest.raises(ValueError, match=str(value)):
-            make_envs(**{"num_envs": 2, name: value})
-    with pytest.raises(ValueError, match="reset_after_success = 5"):
-        make_envs(2, sim_device="cuda", reset_after_success=5)
+    with pytest.raises(ValueError, match="3"):
+        envs.reset([iter([1])] * 3)
+
+
+@pytest.mark.parametrize("flags, named", [
+    (dict(num_envs=0), "0"), (dict(task="no_task"), "no_task"), (dict(split="none"), "none"),
+    (dict(scene="no_scene"), "no_scene"), (dict(scene="published"), "nowhere"),
+    (dict(sim_device="cuda", reset_after_success=5), "reset_after_success = 5"),
+])  # fmt: skip
+def test_bad_input_is_refused(flags, named, monkeypatch):
+    """Stops errors that come after the simulator's start."""
     monkeypatch.setenv("MS_ASSET_DIR", "nowhere")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        make_envs(2, scene="published")
+    with pytest.raises((ValueError, FileNotFoundError), match=named):
+        make_envs(**{"num_envs": 2, **flags})
 
 
 ACTIONS = np.random.default_rng(0).uniform(-0.05, 0.05, (len(IDS), STEPS, 7)).astype("float32")
@@ -99,10 +91,9 @@ def play(envs):
             pictures[i].append(obs[env])
             states[i].append(infos["state"][env])
         obs, _, _, _, infos = envs.step(commands)
-        episode = infos["episode"]
-        for k, i in enumerate(episode["id"]):
-            shown, text = np.stack([*pictures[i], infos["final_obs"][k]]), texts[episode["env"][k]]
-            results[i] = (shown, np.stack(states[i]), episode["return"][k], text)
+        ended = (infos["episode"][key] for key in ("id", "env", "return"))
+        for i, env, total, last in zip(*ended, infos["final_obs"], strict=True):
+            results[i] = (np.stack([*pictures[i], last]), np.stack(states[i]), total, texts[env])
     return results
 
 
@@ -117,38 +108,26 @@ def both():
 
 @pytest.fixture(scope="module")
 def alone():
-    """IDS, played one after another in this process without a vector environment."""
-    env = make_env(**SETTINGS)
-    results = {}
-    for i, actions in zip(IDS, ACTIONS, strict=True):
-        obs, _ = env.reset(options={"episode_ids": [i]})
-        pictures, states, total = [obs], [], 0.0
-        for action in actions:
-            states.append(env.state_features()[0])
-            obs, reward, _, _, _ = env.step(np.append(action[:6], np.float32(-1)))
-            pictures.append(obs)
-            total += reward.item()
-        shown = np.stack([obs["sensor_data"][CAMERA]["rgb"][0].numpy() for obs in pictures])
-        results[i] = (shown, np.stack(states), total, env.instructions()[0])
-    env.close()
-    return results
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    for i in a:
-        for ours, theirs in zip(a[i][:2], b[i][:2], strict=True):
-            np.testing.assert_array_equal(ours, theirs, "pictures and states")
-        assert a[i][2] == pytest.approx(b[i][2]) and a[i][3] == b[i][3]
+    """IDS one after another in this process: the batched simulation as a batch of one, on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        make = lambda num_envs, sim, render, **kwargs: make_env(num_envs, **kwargs)  # noqa: E731
+        patch.setattr(vec_env, "make_env", make)
+        envs = GpuEnvs(1, SETTINGS, 0, True)
+    yield play(envs)
+    envs.close()
 
 
 def test_an_episode_is_a_function_of_its_id(both, alone):
-    """Stops an episode from depending on the environment, the worker or the episode before it."""
-    for envs in both:
-        found = play(envs)
-        same(found, alone)
-    assert not np.array_equal(found[3][0], found[7][0]), "the check sees nothing"
-    assert (found[3][0][0] != found[3][0][-1]).any() and (found[3][1][0] != found[3][1][-1]).any()
+    """Stops an episode from depending on the environment, the worker or the episode before it, and
+    from being read from a batched simulation in another way than from workers."""
+    for found in map(play, both):
+        assert found.keys() == alone.keys()
+        for i, (pictures, states, total, text) in found.items():
+            np.testing.assert_array_equal(pictures, alone[i][0])
+            np.testing.assert_array_equal(states, alone[i][1])
+            assert (total, text) == (pytest.approx(alone[i][2]), alone[i][3])
+    assert not np.array_equal(alone[3][0], alone[7][0]), "the check sees nothing"
+    assert (alone[3][0][0] != alone[3][0][-1]).any() and (alone[3][1][0] != alone[3][1][-1]).any()
 
 
 def test_state_and_task_of_each_environment(both):
@@ -181,27 +160,13 @@ def test_workers_that_fail_are_errors_that_say_so(both, monkeypatch):
         envs.step(np.full((4, 7), np.nan))
 
 
-def test_gpu_envs_are_the_same_episodes(alone, monkeypatch):
-    """Stops the batched simulation from being read in another way: on a CPU, as a batch of one."""
-    monkeypatch.setattr(vec_env, "make_env", lambda n, sim, render, **kwargs: make_env(n, **kwargs))
-    envs = GpuEnvs(1, SETTINGS, 0, True)
-    same(play(envs), alone)
-    envs.close()
-
-
-class Batch:
-    """Stands for a batched environment on a GPU."""
-
-    privileged_state = set_task = None
-
-    def __init__(self, *_, **__):
-        self.begun = []
+class Batch:  # stands for a batched environment on a GPU
+    privileged_state, set_task, instructions, begun = None, None, list, []
 
     def reset(self, options):
         self.ids, self.steps = torch.as_tensor(options["episode_ids"]), -1
         self.begun.append(self.ids.tolist())
-        obs, _, _, _, info = self.step(None)
-        return obs, info
+        return self.step(None)[::4]
 
     def step(self, actions):
         self.steps += 1
@@ -210,19 +175,17 @@ class Batch:
         obs = {"sensor_data": {CAMERA: {"rgb": torch.zeros(3, 120, 160, 3)}}}
         return obs, torch.ones(3), None, None, info
 
-    def instructions(self):
-        return [f"put {i}" for i in self.ids.tolist()]
-
 
 def test_gpu_envs_begin_together_and_leave_out_what_is_exhausted(monkeypatch):
     """Stops a batch with a short last part from being dropped or from counting episodes twice."""
-    monkeypatch.setattr(vec_env, "make_env", Batch)
+    monkeypatch.setattr(vec_env, "make_env", lambda *_, **__: Batch())
     envs = GpuEnvs(3, SETTINGS, 0, False)
     _, infos = envs.reset([iter([1, 4]), iter([2, 5]), iter([3])])
     counted = []
     while infos["active"].any():
         obs, _, _, _, infos = envs.step(np.zeros((3, 7)))
-        episode = infos["episode"]
-        counted += zip(episode["id"].tolist(), episode["success_at_end"].tolist(), strict=True)
-    assert counted == [(1, False), (2, True), (3, False), (4, True), (5, False)]
+        counted += np.stack(
+            [infos["episode"]["id"], infos["episode"]["success_at_end"]], 1
+        ).tolist()
+    assert counted == [[1, 0], [2, 1], [3, 0], [4, 1], [5, 0]]
     assert envs.env.begun[0] == [1, 2, 3] and envs.env.begun[1][:2] == [4, 5]
