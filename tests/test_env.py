@@ -22,22 +22,6 @@ def env():
     env.close()
 
 
-@pytest.fixture
-def task(env):
-    """task(name, split, episode id): begin that episode; its picture."""
-
-    def begin(name, split, episode_id):
-        env.set_task(name, split)
-        return image(env.reset(options={"episode_ids": [episode_id]})[0])
-
-    yield begin
-    env.set_task("main", "train")
-
-
-def image(obs):
-    return obs["sensor_data"][CAMERA]["rgb"][0].numpy()
-
-
 def move(env, *metres):
     """Put the object x, y, z metres from where it is, at rest."""
     pose = env._pose("object").clone()
@@ -133,20 +117,15 @@ def test_thresholds_of_success_and_grasp():
     assert not any(judge(broken, grip=(k != 3, 0, 1))["held"] for k in range(8)), "in a row"
 
 
-ACTIONS = ((0.02, -0.01, -0.03, 0.02, -0.03, 0.2, 1.0), (0.0, 0.02, -0.02, 0.0, 0.05, -0.3, -1.0))
-
-
-def maniskills(env):
-    """ManiSkill's own `set_action` of the agent."""
-    return super(type(env.agent).__mro__[1], env.agent).set_action
-
-
-def test_cpu_controller_equals_maniskill(env):
-    """Stops the numpy controller from drifting away from ManiSkill's: same drive targets."""
+def test_controllers(env, monkeypatch):
+    """Stops the numpy controller from drifting away from ManiSkill's drive targets, and a GPU's
+    solver of one step that misses what the CPU's reaches, or sweeps beyond reach."""
+    first = [0.02, -0.01, -0.03, 0.02, -0.03, 0.2, 1.0]
+    maniskills = super(type(env.agent).__mro__[1], env.agent).set_action
     targets = []
-    for set_action in (env.agent.set_action, maniskills(env)):
+    for set_action in (env.agent.set_action, maniskills):
         env.reset(options={"episode_ids": [9]})
-        for action in ACTIONS:
+        for action in (first, [0.0, 0.02, -0.02, 0.0, 0.05, -0.3, -1.0]):
             set_action(torch.tensor([action]))
             for _ in range(env._sim_steps_per_control):
                 env.scene.step()
@@ -155,30 +134,24 @@ def test_cpu_controller_equals_maniskill(env):
     np.testing.assert_allclose(targets[0], targets[1], atol=1e-4)
     with pytest.raises(ValueError, match="not finite"):
         env.step(np.full((1, 7), np.nan))
-
-
-def test_gpu_controller(env, monkeypatch):
-    """Stops a solver of one step that misses what the CPU's reaches, or sweeps beyond reach."""
     arm = env.agent.controller.controllers["arm"]
     monkeypatch.setattr(arm, "kinematics", copy.copy(arm.kinematics))
     targets = []
-    for converge in (None, None, env.agent.converge):
+    for converge in (list, list, env.agent.converge):  # list: nothing is done
         env.reset(options={"episode_ids": [9]})
-        maniskills(env)(torch.tensor([ACTIONS[0]]) * 1.3)
-        if converge:
-            converge()
+        maniskills(torch.tensor([first]) * 1.3)
+        converge()
         targets.append(arm._target_qpos[0].numpy().copy())
         arm.kinematics._setup_gpu()  # the GPU's solver, which runs on any device
     cpu, once, twice = targets
     assert np.abs(once - cpu).max() > 2e-3  # rad
     np.testing.assert_allclose(twice, cpu, atol=5e-4)
-
     low, high = env.agent.robot.get_qlimits()[0, :6].T
     env.reset(options={"episode_ids": [9]})
     moves = []
     for _ in range(14):  # 4 cm each: the fifth is beyond reach
         qpos = env.agent.robot.get_qpos()[0].clone()
-        maniskills(env)(torch.tensor([[0.04, 0, 0, 0, 0, 0, 1]]))
+        maniskills(torch.tensor([[0.04, 0, 0, 0, 0, 0, 1]]))
         env.agent.converge()
         target = torch.clamp(arm._target_qpos[0], low, high)
         moves.append((target - qpos[:6]).abs().max().item())
@@ -187,14 +160,19 @@ def test_gpu_controller(env, monkeypatch):
     assert max(moves[:4]) > 0.4 and max(moves[4:]) < 0.1
 
 
-def test_tasks_are_what_they_say(env, task):
+def test_tasks_are_what_they_say(env):
     """Stops a row that is data only on paper: pictures, third body, instruction, start pose; and
     idle bodies from costing physics: robot, table, object and plate, nothing else."""
+
+    def task(name, split, episode_id):
+        env.set_task(name, split)
+        return env.reset(options={"episode_ids": [episode_id]})[0]["sensor_data"][CAMERA]["rgb"][0]
+
     for episode_id in (0, 300000, 600000, 0):
         task("main", "train", episode_id)
         names = " ".join(entity.name for entity in env.scene.sub_scenes[0].entities)
         assert (names.count("object"), names.count("plate")) == (1, 1)
-    picture = task("vision_image", "test", 12345)
+    picture = task("vision_image", "test", 12345).numpy()
     number = int(env.episodes.table[0])
     tables = [env.pack.background(table, 160, 120) for table in (number, number % 16)]
     shares = [(picture == table).all(-1).mean() for table in tables]
@@ -202,8 +180,8 @@ def test_tasks_are_what_they_say(env, task):
     for name, low, high in (("vision_texture05", 0.01, 0.5), ("vision_whole05", 0.9, 1.0)):
         picture = task(name, "test", 12345)
         env.mix *= 0
-        plain = image(env._get_obs_with_sensor_data({}))
-        assert low < (picture != plain).any(-1).mean() <= high, name
+        plain = env._get_obs_with_sensor_data({})["sensor_data"][CAMERA]["rgb"][0]
+        assert low < (picture != plain).any(-1).float().mean() <= high, name
     task("multi_carrot", "train", 123456)
     third = env._in_play["object", int(env.episodes.third_index[0])].pose.p[0, :2].numpy()
     np.testing.assert_allclose(third, env.episodes.third_xyz[0, :2], atol=0.05)
@@ -214,6 +192,7 @@ def test_tasks_are_what_they_say(env, task):
     offset = env.agent.robot.get_qpos()[0, :6].numpy() - start
     np.testing.assert_allclose(offset, env.episodes.arm_offset[0], atol=1e-5)
     assert np.abs(offset).max() > 1e-4
+    env.set_task("main", "train")
 
 
 @pytest.mark.parametrize("fidelity", ["fixed", "published"])
@@ -221,10 +200,10 @@ def test_object_moves_after_step_five(fidelity):
     """Stops a reposition that never happens, happens at another step, or (fixed) twice."""
     env = make_env(task="position_change", split="test", fidelity=fidelity)
     env.reset(options={"episode_ids": [4242]})
-    third = env.episodes.third_xyz[0]
 
     def at_third():
-        return np.linalg.norm(env._pose("object")[0, :2].numpy() - third[:2]) < 0.03
+        offset = env._pose("object")[0, :2].numpy() - env.episodes.third_xyz[0, :2]
+        return np.linalg.norm(offset) < 0.03
 
     for step in range(1, 6):
         env.step(IDLE)
@@ -248,8 +227,7 @@ def test_batched_selection_of_bodies():
     env.episodes = SimpleNamespace(object=indices)
     env.scene = SimpleNamespace(gpu_sim_enabled=True)
     picked = env._for_selected("object", lambda value: value)
-    expected = torch.stack([values[indices[i], i] for i in range(64)])
-    torch.testing.assert_close(picked, expected, rtol=0, atol=0)
+    assert all(torch.equal(picked[i], values[indices[i], i]) for i in range(64))
 
 
 @pytest.mark.gpu

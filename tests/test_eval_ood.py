@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -63,8 +62,8 @@ def test_the_list_that_picked_a_checkpoint_never_judges_it(task, monkeypatch):
 
 def test_rows_and_their_lists():
     """Stops rows out of order, training tasks left out, lists that change with length or repeat."""
-    every = eval_ood.plan_rows(eval_ood.Args.tasks).items()
-    assert list(every) == [(row[0], row[1:4]) for row in REPORT_ROWS]
+    every = [(row[0], row[1:4]) for row in REPORT_ROWS]
+    assert list(eval_ood.plan_rows(eval_ood.Args.tasks).items()) == every
     rows = eval_ood.plan_rows("noise_weak,noise_strong,main,id")
     assert list(rows) == ["main", "in_distribution", "noise_weak", "noise_strong"]
     long = eval_ood.plan_episodes(rows, 192, 0, "fixed")
@@ -128,24 +127,18 @@ def test_wrong_arguments_are_refused_at_once(flags, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def play(model, num_envs):
-    """First actions (E, 7) of 40 episodes with so many environments."""
-    settings, actions = {"policy": "model", "temperature": 1.0}, []
-    for first in range(0, 40, num_envs):
-        seeds = range(first, min(first + num_envs, 40))
-        policy = eval_ood.make_policy(settings, model, SimpleNamespace(num_envs=1), seeds, None)
-        texts = [f"put {'big ' * (n % 3)}carrot on plate" for n in seeds]
-        pictures = [np.random.default_rng(n).integers(256, size=(120, 160, 3)) for n in seeds]
-        actions.append(policy(np.array(pictures, np.uint8), texts, np.arange(len(seeds))))
-    return np.concatenate(actions)
-
-
 def test_actions_do_not_depend_on_num_envs():
     """Stops results that change with --num-envs: padded prompts, shared generators, rounding."""
-    model = load_vla("tiny", trainable=False)
-    expected = play(model, 16)
-    assert len(np.unique(expected, axis=0)) > 30
-    assert all(np.array_equal(play(model, num_envs), expected) for num_envs in (32, 48))
+    model, settings = load_vla("tiny", trainable=False), {"policy": "model", "temperature": 1.0}
+    actions = {16: [], 32: [], 48: []}
+    for num_envs, first in ((n, first) for n in actions for first in range(0, 40, n)):
+        seeds = range(first, min(first + num_envs, 40))
+        policy = eval_ood.make_policy(settings, model, None, seeds, None)
+        texts = [f"put {'big ' * (n % 3)}carrot on plate" for n in seeds]
+        pictures = [np.random.default_rng(n).integers(256, size=(120, 160, 3)) for n in seeds]
+        actions[num_envs].extend(policy(np.array(pictures, np.uint8), texts, np.arange(len(seeds))))
+    assert len(np.unique(actions[16], axis=0)) > 30
+    assert np.array_equal(actions[16], actions[32]) and np.array_equal(actions[16], actions[48])
 
 
 def test_fingerprint_sees_weights_statistics_and_base(tmp_path):
@@ -209,15 +202,15 @@ def test_checkpoints_of_runs_and_baselines(evaluate, tmp_path):
     for seed, run in enumerate(runs):
         save_vla(load_vla("tiny", seed=seed), f"{run}/best-000003")
         Path(run, "best-000003/args.json").write_text('{"model": {"dtype": "bfloat16"}}')
-    both = evaluate("two", checkpoint=runs, tasks="id", device="cpu").values()
-    assert len({policy["arguments"]["weights"] for policy in both}) == 2
-    for policy in both:
-        used = policy["arguments"]["temperature"], policy["arguments"]["dtype"]
-        ids = policy["rows"]["in_distribution"]["episode_ids"]
-        assert (*used, ids) == (0.6, "float32", evaluation_ids("carrot", "train", 3).tolist())
-    assert "a = a, b = b" in (tmp_path / "two/report.md").read_text()
-    for policy, k in (("expert", 3), ("zero", 0)):
-        row = evaluate(policy, 40, policy=(policy,), tasks="id")[policy]["rows"]["in_distribution"]
+    flags = dict(checkpoint=runs, policy=("model", "expert", "zero"), tasks="id", device="cpu")
+    results = evaluate("four", 40, **flags)
+    a, b = (results[name]["arguments"] for name in "ab")
+    assert (a["temperature"], a["dtype"]) == (0.6, "float32") and a["weights"] != b["weights"]
+    assert "a = a, b = expert" in (tmp_path / "four/report.md").read_text()
+    rows = {name: policy["rows"]["in_distribution"] for name, policy in results.items()}
+    ids = evaluation_ids("carrot", "train", 3).tolist()
+    assert [row["episode_ids"] for row in rows.values()] == [ids] * 4
+    for row, k in ((rows["expert"], 3), (rows["zero"], 0)):
         assert (row["k"], sum(row["success"]), row["success_at_end"]) == (k, k, k / 3)
         assert row["return"] == pytest.approx(1.2 if k else 0) and row["held"] == (k > 0)
 
@@ -235,21 +228,18 @@ class Recorder:
 @pytest.mark.parametrize("file, name", [*zip(PAGE, ("act", "Chunks", ""), strict=True)])
 def test_the_page_s_adapters_play(file, name, evaluate, tmp_path):
     """Stops a page whose code does not run: as it stands, in the real simulator, on a socket."""
-    (tmp_path / file).write_text(PAGE[file])
-    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]  # and it is free again
-    policy = f"{tmp_path / file}:{name}" if name else f"ws://127.0.0.1:{port}"
-    command = ["true"] if name else ["timeout", "60", sys.executable, tmp_path / file, str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        if not name:
-            pytest.importorskip("websockets")
-            assert process.stdout.readline() == "ready\n"
+    path, _ = tmp_path / file, name or pytest.importorskip("websockets")
+    command = f"echo {path}:{name}" if name else f"timeout 60 {sys.executable} {path} 0"
+    path.write_text(PAGE[file])
+    with subprocess.Popen(command.split(), stdout=subprocess.PIPE, text=True) as process:
+        policy = process.stdout.readline().strip()
         (results,) = evaluate("page", policy=(policy,), tasks="id").values()
         process.terminate()
     assert results["rows"]["in_distribution"]["success"] == [0, 0, 0]
     assert len(list(tmp_path.glob("page/videos/*/in_distribution-failure.mp4"))) == 1
 
 
-def test_a_policy_plays_its_own_episodes_once(evaluate, simulators, monkeypatch, tmp_path):
+def test_a_policy_plays_its_own_episodes_once(evaluate, simulators, tmp_path):
     """Stops another episode's picture or memory in a row, and results of a file's earlier text."""
     path = tmp_path / "mine.py"
     path.write_text(RECORDER)
@@ -257,7 +247,7 @@ def test_a_policy_plays_its_own_episodes_once(evaluate, simulators, monkeypatch,
     results = evaluate("out", **flags)
     mine, zero = (policy["rows"] for policy in results.values())
     assert mine == zero, "the same policy, once from a file"
-    calls, envs = iter(sys.modules["policy_mine"].calls), simulators(2)
+    calls, envs = iter(sys.modules.pop("policy_mine").calls), simulators(2)
     for task, split, seed in (("main", "train", 1), ("plate", "test", 0)):
         envs.set_task(task, split)
         ids = evaluation_ids(task, split, 3, seed)
@@ -268,13 +258,11 @@ def test_a_policy_plays_its_own_episodes_once(evaluate, simulators, monkeypatch,
             assert all(call[2] == rows for call in (first, *(next(calls) for _ in range(7))))
             assert texts == infos["instruction"][: len(rows)]
             np.testing.assert_array_equal(images, obs[: len(rows)])
-    assert not list(calls)
-    monkeypatch.setattr(eval_ood, "evaluate_row", lambda *_: pytest.fail("it runs again"))
-    assert evaluate("out", **flags) == results
-    with pytest.raises(ValueError, match="mine-Recorder"):
-        evaluate("out", **flags, num_envs=3)
-    path.write_text(RECORDER + "\n# another version")
-    with pytest.raises(ValueError, match="mine-Recorder"):
-        evaluate("out", **flags)
+    assert not list(calls) and evaluate("out", **flags) == results
+    assert "policy_mine" not in sys.modules, "it runs again"
+    for version, num_envs in (("", 3), ("\n# another version", 2)):
+        path.write_text(RECORDER + version)
+        with pytest.raises(ValueError, match="mine-Recorder"):
+            evaluate("out", **flags, num_envs=num_envs)
     with pytest.raises(ValueError, match="changed"):  # between the plan and the first episode
         load_policy(results["mine-Recorder"]["arguments"])

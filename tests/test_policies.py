@@ -14,23 +14,6 @@ from scripts import policies
 DOCS = Path(__file__).parent.parent / "docs"
 PLACES = np.array([3, 5])
 TWO = (np.zeros((2, 4, 4, 3), np.uint8), ["put a", "put b"], PLACES)
-ACT = "act = lambda *_: "
-
-
-@pytest.mark.parametrize("text, says", [
-    ("def act(: pass", "not Python"), ("actt = len", "actt"), ("class act: pass", "__call__"),
-    (ACT + "[0] * 7", r":act.*\(7,\)"), (ACT + "[[0] * 7]", r":act.*\(1, 7\)"),
-    (ACT + "[[0] * 6] * 2", r":act.*\(2, 6\)"), (ACT + "[[0], 'x']", ":act.*no array"),
-    (ACT + "[[float('nan')] * 7] * 2", ":act.*nan"), (ACT + "None", r":act.*\(\)"),
-])  # fmt: skip
-def test_what_is_no_policy_or_no_action(text, says, tmp_path):
-    """Stops one action for all episodes, by broadcasting, and errors that do not name the file."""
-    (tmp_path / "mine.py").write_text(text)
-    with pytest.raises(ValueError, match=says):
-        policy = policies.FilePolicy(f"{tmp_path}/mine.py:act")
-        policy.load()
-        policy.reset(PLACES)
-        policy.act(*TWO)
 
 
 def server(*answers):
@@ -47,9 +30,7 @@ def server(*answers):
 
     started = serve(answer, "127.0.0.1", 0)
     threading.Thread(target=started.serve_forever, daemon=True).start()
-    policy = policies.ServerPolicy(f"ws://127.0.0.1:{started.socket.getsockname()[1]}")
-    policy.reset(PLACES)
-    return policy, requests
+    return policies.ServerPolicy(f"ws://127.0.0.1:{started.socket.getsockname()[1]}"), requests
 
 
 def test_chunks_are_played_to_their_end():
@@ -57,6 +38,7 @@ def test_chunks_are_played_to_their_end():
     chunk = np.arange(14.0).reshape(2, 7)
     answers = [chunk, chunk[0], 100 + chunk, chunk[1].tolist(), -chunk, -chunk]
     policy, requests = server(*({"actions": actions} for actions in answers))
+    policy.reset(PLACES)
     played = [policy.act(*TWO)[:, 0].tolist() for _ in range(3)]
     policy.reset(PLACES)
     assert [*played, policy.act(*TWO)[:, 6].tolist()] == [[0, 0], [7, 100], [7, 107], [-6, -6]]
@@ -68,18 +50,31 @@ def test_chunks_are_played_to_their_end():
     assert policies.pack(np.array([5], np.uint8)) == known
 
 
-@pytest.mark.parametrize("answer, error, says", [
-    ("Traceback: no CUDA", RuntimeError, "no CUDA"), (b"\xc1", ValueError, "msgpack"),
-    ([1], ValueError, "list"), ({"action": [0] * 7}, ValueError, "'action'"),
-    ({"actions": np.zeros((2, 32))}, ValueError, r"\(2, 32\)"), (0.5, TimeoutError, "0.2 s"),
-    ({"actions": np.zeros((0, 7))}, ValueError, r"\(0, 7\)"), (0.0, ConnectionError, "gone"),
-    ({"actions": np.full(7, np.nan)}, ValueError, "nan"), ({"actions": "x"}, ValueError, "'x'"),
+@pytest.mark.parametrize("gives, error, says", [
+    ("def act(: pass", ValueError, "Python"), ("class act: pass", ValueError, "__call__"),
+    ("actt = len", ValueError, "actt"), ("act = lambda *_: [0] * 7", ValueError, r"\(7,\)"),
+    ("act = lambda *_: [[0] * 7]", ValueError, r"\(1, 7\)"),
+    ("act = lambda *_: [[0] * 6] * 2", ValueError, r"\(2, 6\)"),
+    ("act = lambda *_: [[float('nan')] * 7] * 2", ValueError, "nan"),
+    ("act = lambda *_: [[0], 'x']", ValueError, "no array"),
+    (["Traceback: no CUDA"], RuntimeError, "no CUDA"), ([b"\xc1"], ValueError, "msgpack"),
+    ([[1]], ValueError, "list"), ([{"action": [0] * 7}], ValueError, "'action'"),
+    ([{"actions": np.zeros((2, 32))}], ValueError, r"\(2, 32\)"), ([0.5], TimeoutError, "0.2 s"),
+    ([{"actions": np.zeros((0, 7))}], ValueError, r"\(0, 7\)"), ([0.0], ConnectionError, "gone"),
+    ([{"actions": np.full(7, np.nan)}], ValueError, "nan"), ([{"actions": "x"}], ValueError, "'x'"),
 ])  # fmt: skip
-def test_a_server_that_fails(answer, error, says, monkeypatch):
-    """Stops an evaluation that hangs, plays nonsense, or ends without saying which server why."""
-    policy, _ = server(answer)
-    monkeypatch.setattr(policies, "TIMEOUT_S", 0.2)
-    with pytest.raises(error, match=f"(?s){policy.address}.*{says}"):
+def test_files_and_servers_that_fail(gives, error, says, monkeypatch, tmp_path):
+    """Stops one action for all episodes, by broadcasting, an evaluation that hangs or plays
+    nonsense, and one that ends without saying which file or server, and why."""
+    with pytest.raises(error, match=f"(?s)(mine.py|ws://127).*{says}"):
+        if isinstance(gives, str):
+            (tmp_path / "mine.py").write_text(gives)
+            policy = policies.FilePolicy(f"{tmp_path}/mine.py:act")
+            policy.load()
+        else:
+            policy, _ = server(*gives)
+        policy.reset(PLACES)
+        monkeypatch.setattr(policies, "TIMEOUT_S", 0.2)
         policy.act(*TWO)
 
 

@@ -25,8 +25,9 @@ def compared(a, b):
     return {test[""]: test for test in report.compare(rows_of(**a), rows_of(**b))}
 
 
-def test_known_values():
-    """Stops another interval, adjustment or test: one-sided, by chi-square, with p above 1."""
+def test_known_values_of_pairs_within_rows():
+    """Stops another interval, adjustment or test (one-sided, by chi-square, of marginal counts, of
+    too many hypotheses), and a bar beside another task's name, where rows have another order."""
     assert wilson(8, 10) == pytest.approx((0.4901624, 0.9433178), abs=1e-6)
     assert report.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert report.holm([0.9, 0.8]) == pytest.approx([1.0, 1.0]) and len(report.holm([])) == 0
@@ -36,11 +37,6 @@ def test_known_values():
         test = compared({"noise_weak": a}, {"noise_weak": b})["noise_weak"]
         assert (test["only a"], test["only b"], test["p"]) == (only_a, only_b, pytest.approx(p))
         assert test["b - a"] == (only_b - only_a) / len(a)
-
-
-def test_pairs_within_rows_and_bars_under_their_names():
-    """Stops tests on marginal counts, an adjustment over too many hypotheses or one twice, and a
-    policy's bar beside another task's name, where its rows have another order."""
     same = dict(noise_strong=[1, 0] * 5, unseen_position=[0] * 10)
     a = dict(in_distribution=[1] * 5 + [0] * 5, noise_weak=[0] * 10, **same)
     b = dict(in_distribution=[0] * 5 + [1] * 5, noise_weak=[1] * 10, **same)

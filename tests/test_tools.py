@@ -10,13 +10,6 @@ from scripts import doctor
 from scripts.plan import plan
 
 
-@pytest.fixture(autouse=True)
-def forget_answers():
-    renderer.check_renderer.cache_clear()
-    yield
-    renderer.check_renderer.cache_clear()
-
-
 def test_doctor_with_and_without_vulkan(monkeypatch, capsys):
     """Stops a report that passes where no picture can be made, or ends at an optional part, and ten
     minutes of waiting that end in a bare `ErrorIncompatibleDriver`."""
@@ -39,7 +32,7 @@ def test_a_crash_and_a_missing_library_are_answers(monkeypatch, tmp_path):
     for probe in ("import os; os.kill(os.getpid(), 11)", "pass"):
         monkeypatch.setattr(renderer, "PROBE", probe)
         with pytest.raises(RuntimeError, match="exit status"):
-            renderer.check_renderer("cpu")
+            renderer.check_renderer.__wrapped__("cpu")  # not the answer of an earlier test
     monkeypatch.setattr(renderer, "check_renderer", lambda device: device)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(RuntimeError, match="enable_gpu"):
@@ -48,31 +41,27 @@ def test_a_crash_and_a_missing_library_are_answers(monkeypatch, tmp_path):
     renderer.check_simulator("cuda")
 
 
-def test_weights_steps_and_memory_of_both_sizes():
-    """Stops a plan that is of another model or update than the run; 7B numbers are OpenVLA's."""
+def test_plans_of_all_scripts():
+    """Stops a plan that is of another model or update than the run (7B numbers are OpenVLA's), a
+    script whose flags are not understood, and a typing error planned as OpenVLA-7B."""
     large = plan("ppo_vla", ["--preset", "paper"])
     assert large["million weights"] == "7,607.3, trains 109.1"
     assert large["environment steps"] == "2,001,920, 5,120 per iteration"
-    assert large["GB of weights"] == pytest.approx(15.43, abs=0.01)
-    assert large["GB of activations in an update"] == pytest.approx(14.28, abs=0.01)
-    assert large["GB of cache in acting"] == pytest.approx(10.17, abs=0.01)
+    gb = [large[f"GB of {p}"] for p in ("weights", "activations in an update", "cache in acting")]
+    assert gb == pytest.approx([15.43, 14.28, 10.17], abs=0.01)
     small = plan("ppo_vla", ["--num-envs", "32"])
     assert (small["million weights"], small["num_envs (default 64)"]) == ("1.6, trains 0.9", 32)
-
-
-@pytest.mark.parametrize("command, steps", [
-    ("grpo_vla.py --num-minibatches 5", "425, each of 2048 samples"),
-    ("dpo_vla --preset paper", "12,512, each of 160 samples"),
-    ("ppo_vla --preset paper", "12,512, each of 160 samples"),
-    ("ppo_vla --num-envs 32", "1,700, each of 256 samples"),
-    ("sft_vla --preset warmup", "2,000, each of 32 samples"),
-])  # fmt: skip
-def test_every_script_has_a_plan(command, steps):
-    """Stops a script whose flags are not understood, and a typing error planned as OpenVLA-7B."""
-    script, *argv = command.split()
-    assert plan(script, argv)["optimizer steps"] == steps
-    with pytest.raises(FileNotFoundError, match="tiny-warmpu"):
-        plan(script, ["--model", "checkpoints/tiny-warmpu"])
+    for command, steps in {
+        "ppo_vla --preset paper": "12,512, each of 160 samples",
+        "ppo_vla --num-envs 32": "1,700, each of 256 samples",
+        "grpo_vla.py --num-minibatches 5": "425, each of 2048 samples",
+        "dpo_vla --preset paper": "12,512, each of 160 samples",
+        "sft_vla --preset warmup": "2,000, each of 32 samples",
+    }.items():
+        script, *argv = command.split()
+        assert plan(script, argv)["optimizer steps"] == steps
+        with pytest.raises(FileNotFoundError, match="tiny-warmpu"):
+            plan(script, ["--model", "checkpoints/tiny-warmpu"])
 
 
 ROOT = Path(__file__).parent.parent

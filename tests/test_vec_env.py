@@ -15,7 +15,6 @@ from common.simulation.vec_env import CpuEnvs, GpuEnvs, make_envs
 STEPS = 5
 IDS = [3, 90001, 180_002, 7, 270_003]
 SETTINGS = dict(SCENES["small"], task="main", split="train", max_episode_steps=STEPS)
-NONE = np.zeros((2, 7), np.float32)
 
 
 def test_episodes_end_and_the_next_begin_in_the_same_step():
@@ -26,7 +25,7 @@ def test_episodes_end_and_the_next_begin_in_the_same_step():
     assert obs[:, 0, 0, 0].tolist() == [10, 30] and infos["instruction"] == ["put 1", "put 3"]
     seen, ends = [], []
     for _ in range(10):
-        obs, rewards, terminated, truncated, infos = envs.step(NONE)
+        obs, rewards, terminated, truncated, infos = envs.step(np.zeros((2, 7)))
         seen.append((*obs[:, 0, 0, 0].tolist(), *rewards.tolist(), *infos["active"].tolist()))
         episode = infos["episode"]
         assert episode["env"].tolist() == np.flatnonzero(terminated | truncated).tolist()
@@ -106,20 +105,14 @@ def both():
         envs.close()
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """IDS one after another in this process: the batched simulation as a batch of one, on a CPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        make = lambda num_envs, sim, render, **kwargs: make_env(num_envs, **kwargs)  # noqa: E731
-        patch.setattr(vec_env, "make_env", make)
-        envs = GpuEnvs(1, SETTINGS, 0, True)
-    yield play(envs)
-    envs.close()
-
-
-def test_an_episode_is_a_function_of_its_id(both, alone):
+def test_an_episode_is_a_function_of_its_id(both, monkeypatch):
     """Stops an episode from depending on the environment, the worker or the episode before it, and
     from being read from a batched simulation in another way than from workers."""
+    # One after another in this process: the batched simulation as a batch of one, on a CPU
+    monkeypatch.setattr(vec_env, "make_env", lambda n, sim, render, **kwargs: make_env(n, **kwargs))
+    envs = GpuEnvs(1, SETTINGS, 0, True)
+    alone = play(envs)
+    envs.close()
     for found in map(play, both):
         assert found.keys() == alone.keys()
         for i, (pictures, states, total, text) in found.items():
@@ -164,13 +157,13 @@ class Batch:  # stands for a batched environment on a GPU
     privileged_state, set_task, instructions, begun = None, None, list, []
 
     def reset(self, options):
-        self.ids, self.steps = torch.as_tensor(options["episode_ids"]), -1
-        self.begun.append(self.ids.tolist())
+        self.steps = -1
+        self.begun.append(options["episode_ids"].tolist())
         return self.step(None)[::4]
 
     def step(self, actions):
         self.steps += 1
-        info = {name: self.ids % 2 == 0 for name in vec_env.SCALARS[1:]}
+        info = dict.fromkeys(vec_env.SCALARS, torch.tensor(self.begun[-1]) % 2 == 0)
         info["elapsed_steps"] = torch.full((3,), self.steps)
         obs = {"sensor_data": {CAMERA: {"rgb": torch.zeros(3, 120, 160, 3)}}}
         return obs, torch.ones(3), None, None, info
@@ -184,8 +177,7 @@ def test_gpu_envs_begin_together_and_leave_out_what_is_exhausted(monkeypatch):
     counted = []
     while infos["active"].any():
         obs, _, _, _, infos = envs.step(np.zeros((3, 7)))
-        counted += np.stack(
-            [infos["episode"]["id"], infos["episode"]["success_at_end"]], 1
-        ).tolist()
-    assert counted == [[1, 0], [2, 1], [3, 0], [4, 1], [5, 0]]
+        ended = infos["episode"]
+        counted += zip(ended["id"].tolist(), ended["success_at_end"].tolist(), strict=True)
+    assert counted == [(1, False), (2, True), (3, False), (4, True), (5, False)]
     assert envs.env.begun[0] == [1, 2, 3] and envs.env.begun[1][:2] == [4, 5]
