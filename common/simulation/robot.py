@@ -7,8 +7,7 @@ from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval import base_env
 from transforms3d.euler import euler2quat
 from transforms3d.quaternions import qmult
 
-# Radians of waist, shoulder, elbow, forearm, wrist angle, wrist; metres of the two fingers
-INITIAL_QPOS = (
+INITIAL_QPOS = (  # radians of waist, shoulder, elbow, forearm, wrist angle, wrist; m of fingers
     -0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398, 0.037, 0.037,
 )  # fmt: skip
 

@@ -12,6 +12,7 @@ from multiprocessing.connection import wait
 
 import numpy as np
 
+from common.run.files import check
 from common.run.ranks import cores_per_rank
 from common.simulation.env import CAMERA, SCENES, STATE_SIZE, check_scene, make_env
 
@@ -29,11 +30,9 @@ def make_envs(
     reset_after_success: an episode ends when success has lasted so many steps; 0 = never.
     state: infos["state"] has what a critic may see of the simulator."""
     check_scene(task, split, scene)
-    if num_envs < 1:
-        raise ValueError(f"num_envs = {num_envs} must be >= 1; use 64")
-    if sim_device == "cuda" and reset_after_success:
-        why = "on a GPU all episodes end together; use 0, or --sim-device cpu"
-        raise ValueError(f"reset_after_success = {reset_after_success}: {why}")
+    check(num_envs >= 1, f"num_envs = {num_envs} must be >= 1; use 64")
+    why = f"reset_after_success = {reset_after_success}: on a GPU all episodes end together; use 0"
+    check(sim_device == "cpu" or not reset_after_success, why)
     make = GpuEnvs if sim_device == "cuda" else CpuEnvs
     return make(num_envs, dict(SCENES[scene], task=task, split=split), reset_after_success, state)
 
@@ -65,8 +64,7 @@ class VectorEnv:
         self.scalars = {name: np.zeros(num_envs, np.float32) for name in SCALARS}
 
     def reset(self, streams, whole_episodes=False):
-        if len(streams) != self.num_envs:
-            raise ValueError(f"{len(streams)} streams of episode ids, not {self.num_envs}")
+        check(len(streams) == self.num_envs, f"{len(streams)} streams of ids, not {self.num_envs}")
         self.streams = streams
         self.whole_episodes = whole_episodes
         self.active = np.ones(self.num_envs, bool)
@@ -78,8 +76,8 @@ class VectorEnv:
 
     def step(self, actions):
         actions = np.asarray(actions, np.float32).copy()
-        if actions.shape != (self.num_envs, 7):
-            raise ValueError(f"actions are {actions.shape}, they must be ({self.num_envs}, 7)")
+        right = actions.shape == (self.num_envs, 7)
+        check(right, f"actions are {actions.shape}, they must be ({self.num_envs}, 7)")
         # The published policy-side decode of the gripper: 1 opens, -1 closes
         actions[:, 6] = np.where(actions[:, 6] > 0.5, 1.0, -1.0)
         self._simulate(actions)

@@ -1,0 +1,42 @@
+"""Files that are read and written: what is wrong with one is an error with its name and the fix."""
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+
+
+def check(condition, message):
+    """ValueError with a message that names the value, the rule and the fix."""
+    if not condition:
+        raise ValueError(message)
+
+
+@contextmanager
+def naming(path, fix="is it whole?"):
+    """What goes wrong inside, with this file, becomes a ValueError with its name and a fix."""
+    try:
+        yield
+    except Exception as error:
+        folder = next(folder for folder in path.parents if folder.is_dir())
+        if path.is_file() and path.stat().st_size < 1000 and b"git-lfs" in path.read_bytes():
+            fix = "it is a git-lfs pointer: run `git lfs pull` where it comes from"
+        if isinstance(error, BlockingIOError):
+            fix = "another process has it open"
+        if shutil.disk_usage(folder).free < 2**20:
+            fix = "the disk is full"
+        raise ValueError(f"{path}: {str(error) or repr(error)}; {fix}") from error
+
+
+def read_json(path):
+    with naming(path):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_atomic(path, text):
+    """Write a temporary file and rename it: a reader never meets half a file."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    with naming(path, "can it be written?"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
