@@ -22,8 +22,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from common.model.checkpoints import check, choose_key
 from common.model.vision import MLP, ConvStem, TwinTowers
 
-# The final space is a token of its own.
-PROMPT = "In: What action should the robot take to {}?\nOut: "
+PROMPT = "In: What action should the robot take to {}?\nOut: "  # the last space is a token
 ACTION_DIM = 7
 
 
@@ -103,11 +102,8 @@ class OpenVLA(PreTrainedModel):
         enabled = self.compute_dtype != torch.float32
         return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled)
 
-    def enable_activation_checkpointing(self, on=True):
-        """Compute each block again in the backward pass: less memory, more time."""
-        self.activation_checkpointing = on
-
     def recompute(self, block, x, **given):
+        """Activation checkpointing: less memory, more time."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False, **given)
         return block(x, **given)
@@ -121,7 +117,6 @@ class OpenVLA(PreTrainedModel):
 
     def hidden_states(self, x, mask, cache=None, last=1):
         """Final normed hidden states (N, last, D) of the last positions.
-
         x: (N, Q, D), embeddings of the newest Q positions. mask: (N, S) bool, real tokens among all
         S positions so far, of which S - Q are in `cache`. Padding gets no position number."""
         llama, queries, keys = self.language_model.model, x.shape[1], mask.shape[1]
@@ -164,7 +159,6 @@ class OpenVLA(PreTrainedModel):
     @torch.no_grad()
     def act(self, obs, instructions, temperature=1.0, generators=None):
         """Sample an action per row of obs: (N, H, W, 3) uint8 images or what `preprocess` returned.
-
         temperature: 0 is greedy, with log-probs at temperature 1. generators: None, or N of the
         CPU, with which a row's draw does not depend on the other rows. Returns: tokens (N, 7)
         int64; logprobs (N,) float32, nats, summed over tokens; hidden states h0..h6 (N, 7, D)."""
@@ -202,12 +196,10 @@ class OpenVLA(PreTrainedModel):
             mask = F.pad(mask, (0, ACTION_DIM - 1), value=True)
             x, mask = self.embed(self.fit_images(obs), forced, mask)
             hidden = self.hidden_states(x, mask, last=ACTION_DIM)
-        logits = self.bin_logits(hidden)
-        return F.log_softmax(logits / (temperature or 1.0), dim=-1), hidden
+        return F.log_softmax(self.bin_logits(hidden) / (temperature or 1.0), dim=-1), hidden
 
     def evaluate_actions(self, obs, instructions, tokens, temperature=1.0):
         """Score tokens (N, 7) int64, with gradients; the rest as in `act`.
-
         Returns, in nats: token_logprobs (N, 7) float32; entropies (N,) float32, the mean over the
         tokens; and hidden states h0..h6 (N, 7, D)."""
         logp, hidden = self.bin_logprobs(obs, instructions, tokens, temperature)
