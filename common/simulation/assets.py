@@ -3,8 +3,8 @@
   scripts/draw_tables.py, and the robot is the real WidowX with boxes in place of its meshes.
 - bridge: the published files, which scripts/fetch_assets.py downloads, under MS_ASSET_DIR/data."""
 
-import json
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -15,6 +15,8 @@ import sapien
 from PIL import Image
 from sapien.physx import PhysxMaterial
 from sapien.render import RenderMaterial
+
+from common.run.files import check, naming, read_json
 
 FRICTION = (1.0, 1.0, 0.0)  # static, dynamic, restitution of objects and receptacles
 FOLDER = Path(__file__).parent
@@ -59,7 +61,7 @@ def _resized(read, index, width, height):
 
 
 def load_pack(name):
-    """The pack "primitive" or "bridge"; ValueError: another name; FileNotFoundError: no files."""
+    """The pack "primitive" or "bridge"; ValueError: another name, or files that are not whole."""
     if name == "primitive":
         return _primitive_pack()
     if name == "bridge":
@@ -76,7 +78,7 @@ def load_pack(name):
 #   length over all); centre; colour; yaw in degrees.
 @cache
 def _primitive_pack():
-    rows = json.loads((FOLDER / "primitive_pack.json").read_text())
+    rows = read_json(FOLDER / "primitive_pack.json")
 
     def add_body(builder, kind, index):
         _, density, solid, seen = rows[f"{kind}s"][index]
@@ -133,38 +135,34 @@ def _part(shape, size, at=(0, 0, 0), color=None, yaw=0):
 # --- bridge ---
 @cache
 def _bridge_pack(root):
-    def require(path):
-        if not path.exists():
-            raise FileNotFoundError(
-                f"the published assets need {path}, which does not exist. Run `python "
-                f"scripts/fetch_assets.py --dir {root}` and set MS_ASSET_DIR={root}"
-            )
-        return path
+    # Else SAPIEN may leave out what it cannot read, with only a log line
+    fix = f"run `python scripts/fetch_assets.py --dir {shlex.quote(str(root))}`, set MS_ASSET_DIR"
+    for file, size in read_json(FOLDER / "published_files.json").items():
+        with naming(root / "data" / file, fix):
+            found = (root / "data" / file).stat().st_size
+            check(found == size, f"{found} bytes, not the {size} that were published")
 
     def folder_and_rows(name):
         folder = root / "data/rl4vla" / name
-        return folder, json.loads(require(folder / "model_db.json").read_text())
+        return folder, read_json(folder / "model_db.json")
 
     def visual(mesh):
-        paths = [mesh.with_name(f"textured.{ending}") for ending in ("obj", "dae", "glb")]
-        found = [path for path in paths if path.exists()]
-        return str(found[0] if found else require(paths[0]))
+        return str(min(mesh.parent.glob("textured.*")))
 
-    urdf = str(require(root / "data/robots/widowx/wx250s.urdf"))
-    stage = root / "data/tasks/bridge_v2_real2sim_dataset/stages/bridge_table_1_v1.glb"
-    stage = str(require(stage))
+    urdf = str(root / "data/robots/widowx/wx250s.urdf")
+    stage = str(root / "data/tasks/bridge_v2_real2sim_dataset/stages/bridge_table_1_v1.glb")
     bodies, meshes, visuals = {}, {}, {}
     for kind, name in (("object", "more_carrot"), ("plate", "more_plate")):
         folder, rows = folder_and_rows(name)
-        meshes[kind] = [require(folder / key / "collision.obj") for key in rows]
+        meshes[kind] = [folder / key / "collision.obj" for key in rows]
         visuals[kind] = [visual(mesh) for mesh in meshes[kind]]
         bodies[kind] = []
         for row in rows.values():
             low, high = np.array(row["bbox"]["min"]), np.array(row["bbox"]["max"])
             bodies[kind].append(Body(row["name"], row["density"], low, high))
     folder, tables = folder_and_rows("more_table")
-    photos = [require(folder / "imgs" / key) for key in tables]
-    textures = [require(folder / "textures" / row["texture"]) for row in tables.values()]
+    photos = [folder / "imgs" / key for key in tables]
+    textures = [folder / "textures" / row["texture"] for row in tables.values()]
 
     def add_body(builder, kind, index):
         # As published, every component of collision.obj is one convex hull

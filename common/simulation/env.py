@@ -14,6 +14,7 @@ from mani_skill.utils.registration import register_env
 from mani_skill.utils.structs import Pose
 from mani_skill.utils.structs.types import GPUMemoryConfig, SceneConfig, SimConfig
 
+from common.run.files import check
 from common.simulation.assets import load_pack
 from common.simulation.robot import INITIAL_QPOS, WidowX, quat_to_matrix
 from common.simulation.tasks import OBJECTS, composite, decode, instruction, num_configurations
@@ -30,7 +31,7 @@ SCENES = {  # what moves together: the embedded scene, and the study's own
 CONTROL_FREQ = 5  # Hz: a control step is 0.2 s
 CAMERA = "3rd_view_camera"
 BASE_POSE = ((0.147, 0.028, 0.870), (0.0, 0.0, 0.0, 1.0))  # the arm faces -x
-HOIST_M = 1.0  # the arm waits this far above the table while the objects settle
+TABLE_M, HOIST_M = 0.87, 1.0  # the table's top; so far above it the arm waits while objects settle
 SETTLE_SUBSTEPS, MOVE_SUBSTEPS = 650, 50  # of 2 ms, as published
 GRASP_FORCE_N, GRASP_ANGLE_DEG, HELD_STEPS = 0.5, 85.0, 5
 XY_MARGIN_M, Z_MARGIN_M, CONTACT_FORCE_N = 0.01, 0.05, 0.03
@@ -40,8 +41,7 @@ STATE_SIZE = 23 + 4 + 4 + 3 + 1 + NUM_OBJECTS  # of `state_features`
 
 def check_scene(task, split, scene):
     """ValueError or FileNotFoundError with value, rule and fix; it costs milliseconds."""
-    if scene not in SCENES:
-        raise ValueError(f"scene = {scene!r} is not known; use one of {', '.join(SCENES)}")
+    check(scene in SCENES, f"scene = {scene!r} is not known; use one of {', '.join(SCENES)}")
     num_configurations(task, split, SCENES[scene]["fidelity"])
     load_pack(SCENES[scene]["assets"])
 
@@ -234,6 +234,9 @@ class PutOnReceptacleEnv(BaseEnv):
         for which, bodies in (("object", self.pack.objects), ("plate", self.pack.plates)):
             chosen = [bodies[k] for k in getattr(self.episodes, which)]
             self.boxes[which] = np.array([(body.bbox_min, body.bbox_max) for body in chosen])
+            height, names = self._pose(which)[:, 2].min().item(), [body.name for body in chosen]
+            why = f"a {which} of {names} fell to z = {height:.2f} m; is its collision mesh whole?"
+            check(height > TABLE_M - 0.1, why)
             half = (self.boxes[which][:, 1] - self.boxes[which][:, 0]) / 2
             rotation = quat_to_matrix(self._pose(which)[:, 3:].cpu().numpy())
             self.half[which] = (np.abs(rotation) @ half[:, :, None])[:, :, 0]
