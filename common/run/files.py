@@ -22,7 +22,7 @@ def naming(path, fix="is it whole?"):
         if path.is_file() and path.stat().st_size < 1000 and b"git-lfs" in path.read_bytes():
             fix = "it is a git-lfs pointer: run `git lfs pull` where it comes from"
         if isinstance(error, BlockingIOError):
-            fix = "another process has it open"
+            fix = "another process has it open: wait for its end, or choose another name"
         if shutil.disk_usage(folder).free < 2**20:
             fix = "the disk is full"
         raise ValueError(f"{path}: {str(error) or repr(error)}; {fix}") from error
