@@ -14,7 +14,7 @@ def check(condition, message):
 
 @contextmanager
 def naming(path, fix="is it whole?"):
-    """What goes wrong inside, with this file, becomes a ValueError with its name and a fix."""
+    """What goes wrong inside becomes a ValueError (FileNotFoundError) with file and fix."""
     try:
         yield
     except Exception as error:
@@ -25,7 +25,8 @@ def naming(path, fix="is it whole?"):
             fix = "another process has it open: wait for its end, or choose another name"
         if shutil.disk_usage(folder).free < 2**20:
             fix = "the disk is full"
-        raise ValueError(f"{path}: {str(error) or repr(error)}; {fix}") from error
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{path}: {str(error) or repr(error)}; {fix}") from error
 
 
 def read_json(path):
