@@ -18,6 +18,7 @@ from test_run import ROOT, begin  # noqa: F401
 import eval_ood
 from common.run import experiment, ranks
 from common.run.args import Model, Run
+from common.run.files import naming
 from scripts.provenance import machine, short_names
 
 STATE, ARGS, LOG = "checkpoint-000001/training_state.pt", "args.json", "metrics.jsonl"
@@ -74,8 +75,10 @@ def test_what_a_machine_lacks(begin, monkeypatch, capsys, tmp_path):  # noqa: F8
     run.close()
     assert shlex.split(capsys.readouterr().out.splitlines()[-1])[-1] == "runs/x y"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    monkeypatch.setattr(torch, "save", lambda *_: [][0])
+    monkeypatch.setattr(torch, "save", lambda *_: torch.zeros(2).view(3))
     refused("checkpoint-000000.*disk is full", run._save, "checkpoint")
+    with pytest.raises(IndexError), naming(Path("x")):  # a mistake in the code is no file's
+        [][0]
     # Neither GPU nor git; an output that is no folder; a name for `.`
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused("device = cuda", ranks.setup_ranks, "cuda")

@@ -152,7 +152,7 @@ def read_model(source, dtype, device):
     model.name_or_path = source.name
     path = source.folder / "tokenizer.json"
     with naming(path):
-        model.tokenizer = Tokenizer.from_file(str(path))
+        model.tokenizer = Tokenizer.from_buffer(path.read_bytes())
     right = config.stem or model.tokenize([""])[0][0, -1] == EMPTY
     check(right, f"{path}: prompts must end in {EMPTY}; copy OpenVLA's")
     if source.adapter is None:

@@ -8,14 +8,14 @@ import shlex
 import sys
 import time
 from argparse import ArgumentParser
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Literal, get_type_hints
 
 import tyro
 
 from common.model.checkpoints import choose_key, locate
-from common.run.files import check, naming, read_json
+from common.run.files import check, read_json
 from common.simulation.env import SCENES, check_scene
 from common.simulation.renderer import check_simulator
 
@@ -79,17 +79,16 @@ def parse_args(args_class, presets, argv=None):
     return args
 
 
-def saved_args(args_class, path):
-    """Args of an earlier run from its args.json."""
+def saved_args(args_class, path, group=None):
+    """Args of an earlier run from its args.json, or a group of them."""
     runs = sorted(str(found.parent) for found in Path("runs").glob("*/args.json"))
     check(path.is_file(), f"{path} is missing; give --resume the directory of a run: {runs}")
-    saved, types = read_json(path), get_type_hints(args_class)
+    saved, types = group or read_json(path), get_type_hints(args_class)
     differ = sorted(saved.keys() ^ types.keys())
     check(not differ, f"{path} is of another script or version: the flags {differ} differ")
     for name, value in saved.items():
         if is_dataclass(types[name]):
-            with naming(path, "it is of another version"):
-                saved[name] = types[name](**value)
+            saved[name] = saved_args(types[name], path, value)
         elif isinstance(value, list):
             saved[name] = tuple(value)
     return args_class(**saved)
@@ -98,9 +97,8 @@ def saved_args(args_class, path):
 def flat(args):
     """dict of all flags by name, those of the groups too."""
     flags = {}
-    for field in fields(args):
-        value = getattr(args, field.name)
-        flags.update(vars(value) if is_dataclass(value) else {field.name: value})
+    for name, value in vars(args).items():
+        flags.update(vars(value) if is_dataclass(value) else {name: value})
     return flags
 
 

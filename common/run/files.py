@@ -4,6 +4,13 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
+from pickle import PickleError
+
+from safetensors import SafetensorError
+
+# Of a file and its content (SyntaxError: XML, PNG); what else is raised is a mistake in the code
+FILE_ERRORS = (OSError, ValueError, EOFError, KeyError, SyntaxError, RuntimeError, PickleError,
+               SafetensorError)  # fmt: skip
 
 
 def check(condition, message):
@@ -14,23 +21,24 @@ def check(condition, message):
 
 @contextmanager
 def naming(path, fix="is it whole?"):
-    """What goes wrong inside becomes a ValueError (FileNotFoundError) with file and fix."""
+    """FILE_ERRORS inside become a ValueError (FileNotFoundError) with file, reason and fix."""
     try:
         yield
-    except Exception as error:
+    except FILE_ERRORS as error:
+        why = str(error) or repr(error)
         folder = next(folder for folder in path.parents if folder.is_dir())
         if path.is_file() and path.stat().st_size < 1000 and b"git-lfs" in path.read_bytes():
-            fix = "it is a git-lfs pointer: run `git lfs pull` where it comes from"
+            why = "it is a git-lfs pointer, which `git lfs pull` would replace"
         if isinstance(error, BlockingIOError):
             fix = "another process has it open: wait for its end, or choose another name"
         if shutil.disk_usage(folder).free < 2**20:
             fix = "the disk is full"
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"{path}: {str(error) or repr(error)}; {fix}") from error
+        raise kind(f"{path}: {why}; {fix}") from error
 
 
-def read_json(path):
-    with naming(path):
+def read_json(path, fix="is it whole?"):
+    with naming(path, fix):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
