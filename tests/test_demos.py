@@ -184,14 +184,13 @@ def test_a_recording_is_right_or_refused(tmp_path):
     refused("demonstrations.record --output", load_demos, tmp_path)
     path = recorded_demos() / "trajectory.h5"
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match="another --output"):
-        record(recorded_demos(), num_demos=1)
+    refused("another --output", record, recorded_demos(), num_demos=1)
     assert path.read_bytes() == before
     with path.open("rb") as file, pytest.raises(ValueError, match="trajectory.h5.*another process"):
         fcntl.flock(file, fcntl.LOCK_EX)
         load_demos(path.parent)  # whose fix is not to record them again
-    with pytest.raises(ValueError, match="x.h5: actions of episode 7"):
-        write_episode(SimpleNamespace(filename="x.h5"), dict(id=7, actions=[np.nan]), 1, 0)
+    file, episode = SimpleNamespace(filename="x.h5"), dict(id=7, actions=[np.nan])
+    refused("x.h5: actions of episode 7", write_episode, file, episode, 1, 0)
     few = dict(task="single", num_demos=4000)  # hours of repetitions
     for wrong in (dict(num_demos=0), dict(noise_probability=15.0), dict(task="pour"), few):
         refused(str(list(wrong.values())[-1]), check_args, Args(**wrong))

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
-from common.run.ranks import gather_over_ranks, rank_and_world_size
+from common.run.metrics import episode_metrics
+from common.run.ranks import rank_and_world_size
 from common.simulation.episodes import evaluation_ids
 from scripts.pictures import write_video
 
@@ -83,10 +84,7 @@ def evaluate(model, envs, task, num_episodes, video_stem=None, num_videos=2):
     for row, frames in results.pop("frames").items():
         outcome = "success" if results["success_at_end"][row] else "failure"
         write_video(f"{video_stem}-{row}-{outcome}.mp4", frames, results["instruction"][row])
-    parts = gather_over_ranks(results)
-    metrics = {}
-    for key in ("success_at_end", "success_once", "grasped", "return"):
-        metrics[f"eval/{key}"] = float(np.concatenate([part[key] for part in parts]).mean())
+    metrics = episode_metrics([results], "eval/")
     successes = round(metrics["eval/success_at_end"] * num_episodes)
     metrics["eval/low"], metrics["eval/high"] = wilson(successes, num_episodes)
     metrics["eval/episodes"] = num_episodes

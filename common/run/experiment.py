@@ -117,8 +117,7 @@ class Experiment:
             self.wandb = wandb.init(project="cleanvla", resume="allow", config=config, **name)
         stop_on_signals(shlex.join(["python", sys.argv[0], "--resume", str(self.run_dir)]))
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
-        start = self.run.resume or self.args.model.model
-        print(f"{self.run_dir} | {start} on {self.model.device}, {self.args.model.dtype}")
+        print(f"{self.run_dir} | {self.args.model} on {self.model.device}")
         print(f"trains {trained:.2f} M weights of the policy; {self.args.scene}", flush=True)
 
     def due(self, iteration):
@@ -194,8 +193,8 @@ class Experiment:
             self.wandb.finish()
         draw_curves(self.run_dir, *curves)
         successes = " -> ".join(f"{value:.3f}" for value in self.evaluations)
-        time_s = timedelta(seconds=self.seconds // 1)
-        print(f"success at end: {successes or 'not evaluated'}; time: {time_s}")
+        hours = timedelta(seconds=self.seconds // 1)
+        print(f"success at end: {successes or 'not evaluated'}; time: {hours}")
         print(f"{self.run_dir} has curve.png, videos/, metrics.jsonl and checkpoints; next:")
         script = Path(sys.argv[0]).with_name("eval_ood.py")
         print(shlex.join(["python", str(script), "--checkpoint", str(self.run_dir)]))

@@ -30,13 +30,13 @@ class Means:
         return means
 
 
-def episode_metrics(episodes):
-    """Means train/* of the episodes that ended. episodes: list of `infos["episode"]`."""
+def episode_metrics(episodes, prefix="train/"):
+    """Means of the episodes that ended. episodes: list of `infos["episode"]`."""
     means = Means()
     for episode in episodes:
         for key in ("success_at_end", "success_once", "grasped", "return"):
             means.add(key, episode[key])
-    return means.means("train/")
+    return means.means(prefix)
 
 
 def normalize(advantages):

@@ -180,9 +180,8 @@ def get_task(name, fidelity="fixed"):
     """A row of the table; ValueError for an unknown name or fidelity."""
     check(name in TASKS, f"task = {name!r} is not known; use one of {', '.join(TASKS)}")
     check(fidelity in ("fixed", "published"), f"fidelity = {fidelity!r} is not known; use fixed")
-    if fidelity == "published":
-        return replace(TASKS[name], **PUBLISHED.get(name, {}))
-    return TASKS[name]
+    columns = PUBLISHED.get(name, {}) if fidelity == "published" else {}
+    return replace(TASKS[name], **columns)
 
 
 @cache

@@ -11,6 +11,7 @@ from contextlib import suppress
 from multiprocessing.connection import wait
 
 import numpy as np
+import torch
 
 from common.run.files import check
 from common.run.ranks import cores_per_rank
@@ -66,7 +67,8 @@ class VectorEnv:
     def reset(self, streams, whole_episodes=False):
         check(len(streams) == self.num_envs, f"{len(streams)} streams of ids, not {self.num_envs}")
         self.streams = streams
-        self.whole_episodes = whole_episodes
+        never = whole_episodes or not self.reset_after_success
+        self.most_success_steps = np.inf if never else self.reset_after_success
         self.active = np.ones(self.num_envs, bool)
         self.ids = np.zeros(self.num_envs, np.int64)
         self.returns = np.zeros(self.num_envs, np.float32)
@@ -87,9 +89,7 @@ class VectorEnv:
         self.returns += now["reward"]
         self.success_steps = np.where(success, self.success_steps + 1, 0)
         truncated = self.active & (now["elapsed_steps"] >= self.max_episode_steps)
-        never = self.whole_episodes or not self.reset_after_success
-        lasted = self.success_steps >= (np.inf if never else self.reset_after_success)
-        terminated = self.active & lasted
+        terminated = self.active & (self.success_steps >= self.most_success_steps)
         ended = np.flatnonzero(terminated | truncated)
         episode = {"env": ended, "id": self.ids[ended], "return": self.returns[ended]}
         episode["length"] = now["elapsed_steps"][ended].astype(np.int64)
@@ -211,8 +211,6 @@ def _send(pipe, message):
 def _worker(pipe, memory, shape, numbers, settings, with_state):
     """Process main: owns some environments; answers ("ok", result) or ("error", traceback)."""
     os.environ.setdefault("LP_NUM_THREADS", "0")  # software Vulkan: no threads of its own
-    import torch
-
     torch.set_num_threads(1)
     images = np.frombuffer(memory, np.uint8).reshape(shape)
 
@@ -254,8 +252,6 @@ class GpuEnvs(VectorEnv):
 
     def __init__(self, num_envs, settings, reset_after_success, state):
         super().__init__(num_envs, settings, reset_after_success, state)
-        import torch
-
         # Of torchrun's ranks: the GPU that `setup_ranks` gives the model
         gpu = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
         self.env = make_env(num_envs, f"physx_cuda:{gpu}", f"gpu:{gpu}", **settings)
