@@ -229,11 +229,11 @@ def main(args):
     reference = None
     if not args.model.lora_rank or locate(args.model.model).adapter:
         # Turning LoRA off would not give the start. It must still be there on --resume
-        reference = load_start(replace(args.run, resume=""), args.model, device)
+        reference = load_start(replace(args.run, resume="", name=""), args.model, device)
     policy_optimizer = torch.optim.AdamW(trainable_parameters(model), lr=args.learning_rate)
     envs = make_envs(args.num_envs // world_size, **vars(args.scene))
     state = {"policy": policy_optimizer}
-    experiment = Experiment(args, __file__, model, envs, state)
+    experiment = Experiment(args, model, envs, state)
 
     for iteration in range(experiment.iteration + 1, args.num_iterations + 1):
         # --- rollout ---

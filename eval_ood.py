@@ -23,9 +23,8 @@ import tyro
 from tqdm import tqdm
 
 from common.model.checkpoints import choose_key, load_vla, locate
-from common.run.args import check
 from common.run.evaluate import run_episodes, write_video
-from common.run.experiment import write_atomic
+from common.run.files import check, read_json, write_atomic
 from common.run.ranks import setup_ranks
 from common.simulation.env import SCENES, check_scene
 from common.simulation.episodes import evaluation_ids
@@ -199,18 +198,19 @@ def main(args):
 
     # --- what is finished ---
     results = {}
+    path = Path(args.output, "results.json")
+    finished = read_json(path) if path.is_file() else {"policies": {}}
+    write_atomic(path, json.dumps(finished, indent=1))  # what cannot be written shows now
     for name, settings in policies.items():
         if settings["checkpoint"]:
             settings["weights"] = fingerprint(settings["checkpoint"])  # minutes for 7B
         results[name] = {"arguments": settings, "rows": {}}
         print(f"{name}: {settings}")
-    path = Path(args.output, "results.json")
-    if path.is_file():
-        for name, entry in json.loads(path.read_text())["policies"].items():
-            was, done = entry.get("arguments"), entry["rows"].keys()
-            fits = was == policies.get(name) and done <= rows.keys()
-            check(fits, f"{path} has {name}: {was}, rows {[*done]}; choose another --output")
-            results[name] = entry
+    for name, entry in finished["policies"].items():
+        was, done = entry.get("arguments"), entry["rows"].keys()
+        fits = was == policies.get(name) and done <= rows.keys()
+        check(fits, f"{path} has {name}: {was}, rows {[*done]}; choose another --output")
+        results[name] = entry
 
     evaluate_policies(results, rows, lists, min(args.num_envs, args.num_episodes), path)
     make(args.output)

@@ -236,7 +236,7 @@ def main(args):
     model = load_start(args.run, args.model, device)
     policy_optimizer = torch.optim.AdamW(trainable_parameters(model), lr=args.learning_rate)
     envs = make_envs(num_envs, **vars(args.scene))
-    experiment = Experiment(args, __file__, model, envs, {"policy": policy_optimizer})
+    experiment = Experiment(args, model, envs, {"policy": policy_optimizer})
 
     # --- storage ---
     actions = torch.zeros(args.num_steps, num_envs, 7, dtype=torch.long, device=device)

@@ -245,7 +245,7 @@ def main(args):
         num_envs, **vars(args.scene), reset_after_success=args.reset_after_success, state=not shared
     )
     state = {"critic": critic, "policy": policy_optimizer, "value": value_optimizer}
-    experiment = Experiment(args, __file__, model, envs, state)
+    experiment = Experiment(args, model, envs, state)
 
     # --- storage ---
     actions = torch.zeros(args.num_steps, num_envs, 7, dtype=torch.long, device=device)

@@ -236,7 +236,7 @@ def main(args):
     envs = None
     if simulates:
         envs = make_envs(args.num_envs // world_size, **vars(args.scene))
-    experiment = Experiment(args, __file__, model, envs, {"policy": optimizer})
+    experiment = Experiment(args, model, envs, {"policy": optimizer})
 
     for iteration in range(experiment.iteration + 1, args.num_iterations + 1):
         # --- update ---

@@ -58,7 +58,10 @@ def train(name, args):
             command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
         command += SETTINGS[name].split()
     subprocess.run(command, check=True)
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return rows[1:]  # without the start
 
 
@@ -70,7 +73,7 @@ def main(args: Args):
         rows = train(name, args)
         curves = {key: [row.get(metric) for row in rows] for key, metric in COLUMNS.items()}
         results["settings"][name] = {"flags": SETTINGS[name], **curves}
-        Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
+        Path(args.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         cells = [name]
         for first, last in WINDOWS:
             window = curves["success_at_end"][first - 1 : last]

@@ -17,7 +17,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 def held_out(path):
     """Steps and shares of success of the evaluations in a metrics.jsonl."""
     steps, successes = [], []
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         # Until commit bb47261 the task stood in the name: eval/main/success_at_end
         success = row.get("eval/success_at_end", row.get("eval/main/success_at_end"))

@@ -27,7 +27,7 @@ DIMENSIONS = {
 def main():
     rates = []
     for number in NUMBERS:
-        results = json.loads(Path(f"results/sft/{number}/results.json").read_text())
+        results = json.loads(Path(f"results/sft/{number}/results.json").read_text(encoding="utf-8"))
         (policy,) = results["policies"].values()
         success = outcomes(policy["rows"])
         rates.append({})

@@ -72,7 +72,9 @@ def children():
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parents[int(path.parent.name)] = int(path.read_text().rsplit(")", 1)[1].split()[1])
+            parents[int(path.parent.name)] = int(
+                path.read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1]
+            )
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended meanwhile
     found, before = {os.getpid()}, set()
@@ -86,7 +88,7 @@ def memory_gb(pids):
     """Memory of processes; a page that several share counts in proportion (PSS)."""
     kilobytes = 0
     for pid in pids:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
             if line.startswith("Pss:"):
                 kilobytes += int(line.split()[1])
     return kilobytes / 1e6
@@ -96,7 +98,7 @@ def cpu_seconds(pids):
     """Processor time so far of these processes and of this one."""
     ticks = 0
     for pid in {*pids, os.getpid()}:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -145,7 +147,7 @@ def main(args: Args):
             texts = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells]
             print("|", " | ".join(texts), "|", flush=True)
     content = {"args": asdict(args), "cores": os.cpu_count(), "results": results}
-    Path(args.output).write_text(json.dumps(content, indent=1) + "\n")
+    Path(args.output).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

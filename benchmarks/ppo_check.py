@@ -49,7 +49,7 @@ def train(name, args):
             value_warmup_iterations=1,
         )
     )  # fmt: skip
-    lines = Path("runs", run.name, "metrics.jsonl").read_text().splitlines()
+    lines = Path("runs", run.name, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     found = {"minutes": round((time.time() - start) / 60, 1)}
     for key in ("eval", "train"):
@@ -73,7 +73,7 @@ def main(args: Args):
     before, after = results["ppo"]["eval"]
     _, control = results["sign-flipped"]["eval"]
     results["passed"] = bool(0.2 <= before <= 0.6 and after > 0.95 and control < before)
-    Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
+    Path(args.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"start {before:.2f}, must be .2 to .6, or choose another --episode-id")
     print(f"PPO {after:.2f}, must exceed .95; sign flipped {control:.2f}, must fall")
     sys.exit(not results["passed"])

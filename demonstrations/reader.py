@@ -5,7 +5,7 @@ steps of all E episodes.
 """
 
 import io
-import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.run.files import check, naming, read_json
 from common.simulation.env import CAMERA, SCENES
 from common.simulation.tasks import scene_numbers
 
@@ -65,7 +66,9 @@ def load_demos(directories, fit=np.asarray, num_demos=None, drop_idle="none"):
         settings, episodes = header["settings"], header["episodes"]
         if num_demos is not None and num_demos > len(episodes):
             raise ValueError(f"num_demos = {num_demos}, but {directory} holds {len(episodes)}")
-        with _open(header["path"]) as file:
+        with naming(header["path"]):
+            file = h5py.File(header["path"])
+        with file:
             for entry in episodes[:num_demos]:
                 frames, labels = _read_episode(file, entry, drop_idle)
                 images.append(fit(frames))
@@ -87,43 +90,32 @@ def read_header(directory):
     """trajectory.json of a recording, with every key that is needed, and "path" of its .h5."""
     path, json_path = Path(directory, "trajectory.h5"), Path(directory, "trajectory.json")
     if not (path.exists() and json_path.exists()):
-        command = f"python -m demonstrations.record --output {directory}"
+        command = f"python -m demonstrations.record --output {shlex.quote(str(directory))}"
         raise FileNotFoundError(f"{path} or its .json is missing; record it with: {command}")
-    try:
-        header = json.loads(json_path.read_text())
+    header = read_json(json_path)
+    with naming(json_path, "is it of demonstrations?"):
         settings = header["settings"]
         if "scene" not in settings:  # of earlier versions
             settings["scene"] = "published" if settings["assets"] == "bridge" else "small"
         settings.setdefault("split", "train")
         settings.setdefault("fidelity", SCENES[settings["scene"]]["fidelity"])
         return {"path": path, "settings": settings, "episodes": header["episodes"]}
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{json_path} is not of demonstrations ({error!r})") from error
-
-
-def _open(path):
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise ValueError(f"{path} is not a readable HDF5 file ({error}); truncated?") from error
 
 
 def _read_episode(file, entry, drop_idle):
     """Frames (T, H, W, 3) uint8 and labels (T, 7) float32 of one episode."""
-    path, name = file.filename, f"traj_{entry['episode_id']}"
-    try:
+    name = f"traj_{entry['episode_id']}"
+    with naming(Path(file.filename, name)):
         group = file[name]
         key = "expert_actions" if "expert_actions" in group else "actions"
         actions = np.asarray(group[key], dtype=np.float32)
         rule = (entry["elapsed_steps"], 7)
-        if actions.shape != rule:
-            raise ValueError(f"{path}: {name}/{key} is {actions.shape}, not {rule}")
+        check(actions.shape == rule, f"{key} is {actions.shape}, not {rule}")
+        check(np.isfinite(actions).all(), f"{key} has numbers that are not finite")
         keep = moving_steps(actions, drop_idle)
         files = group[f"obs/sensor_data/{CAMERA}/rgb"]
         frames = [np.asarray(Image.open(io.BytesIO(files[int(t)]))) for t in keep]
         return np.stack(frames), actions[keep]
-    except (KeyError, OSError) as error:
-        raise ValueError(f"{path}: {name} cannot be read ({error}); truncated?") from error
 
 
 def moving_steps(actions, drop_idle):

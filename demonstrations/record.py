@@ -20,6 +20,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
+from common.run.files import check, naming, write_atomic
 from common.simulation.env import CAMERA, ENV_ID, SCENES, check_scene
 from common.simulation.episodes import training_episodes
 from common.simulation.renderer import check_simulator
@@ -106,6 +107,9 @@ def write_episode(file, episode, length, seed):
 
     Returns: its entry of trajectory.json.
     """
+    for key in ("actions", "labels", "rewards"):
+        finite = np.isfinite(episode[key]).all()
+        check(finite, f"{file.filename}: {key} of episode {episode['id']} are not finite")
     number = len(file)
     group = file.create_group(f"traj_{number}")
     for key in ("actions", "success", "rewards"):
@@ -140,7 +144,7 @@ def new_files(output):
 
 def finish_files(path, temporary, header):
     """Both files appear: first the header, so that an .h5 never lies there without one."""
-    path.with_suffix(".json").write_text(json.dumps(header, indent=1))
+    write_atomic(path.with_suffix(".json"), json.dumps(header, indent=1))
     os.replace(temporary, path)
 
 
@@ -168,7 +172,9 @@ def main(args):
     expert = Expert(args.num_envs)
     entries, labels, attempted, rejected, seen = [], [], 0, 0, set()
     bar = tqdm(total=args.num_demos, unit="demo")
-    with h5py.File(temporary, "w") as file:
+    with naming(temporary):
+        file = h5py.File(temporary, "w")
+    with file:
         for batch in count():
             rng = np.random.default_rng([args.seed, batch])
             ids = list(islice(training_episodes(args.task, rng, envs.fidelity), args.num_envs))

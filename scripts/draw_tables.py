@@ -132,7 +132,7 @@ def sheet(pictures):
 
 
 def main():
-    rows = json.loads((FOLDER / "primitive_pack.json").read_text())["tables"]
+    rows = json.loads((FOLDER / "primitive_pack.json").read_text(encoding="utf-8"))["tables"]
     tables = [small(draw_table(index, row)) for index, row in enumerate(rows)]
     textures = [small(draw_texture(index)) for index in range(len(rows))]
     for name, pictures in (("tables", tables), ("textures", textures)):

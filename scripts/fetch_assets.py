@@ -4,6 +4,7 @@ They go to DIR/data. Set MS_ASSET_DIR=DIR to use them (`--scene published`).
 """
 
 import os
+import shlex
 import subprocess
 import tempfile
 from dataclasses import replace
@@ -42,7 +43,7 @@ def main(dir: Path):
             copytree(Path(clone, FOLDER, kind), data / "rl4vla" / kind, dirs_exist_ok=True)
     os.environ["MS_ASSET_DIR"] = str(root)
     load_pack("bridge")  # says what is missing
-    print(f"complete; use it with MS_ASSET_DIR={root}")
+    print(f"complete; use it with: export MS_ASSET_DIR={shlex.quote(str(root))}")
 
 
 if __name__ == "__main__":

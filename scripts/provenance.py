@@ -2,10 +2,10 @@
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 
 from common.model.checkpoints import locate
 from common.run.experiment import NUMBER
+from common.run.files import read_json
 
 
 def find_model(start):
@@ -35,7 +36,7 @@ def training_flags(model):
         flags["scene"] = "small"
     path = Path(model, "args.json")
     if path.is_file():
-        for group in json.loads(path.read_text()).values():
+        for group in read_json(path).values():
             if isinstance(group, dict):
                 flags.update((flag, group[flag]) for flag in flags if flag in group)
     return flags
@@ -68,10 +69,13 @@ def fingerprint(model):
 def machine():
     """dict of commit, hardware and software."""
     git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    commit = ""
+    if shutil.which("git"):
+        here = Path(__file__).parent
+        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             cpu = line.split(": ")[1] if line.startswith("model name") else cpu
     hardware = f"{os.cpu_count()} x {cpu}"
     if torch.cuda.is_available():

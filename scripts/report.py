@@ -1,6 +1,5 @@
 """report.md and figure.png from results.json: `python scripts/report.py DIRECTORY`."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from scipy.stats import binomtest, norm
 from tabulate import tabulate
 
 from common.run.evaluate import wilson
+from common.run.files import read_json
 
 OOD = ("vision", "semantics", "execution")
 ABOUT = """# Generalisation benchmark
@@ -119,8 +119,8 @@ def figure(policies):
 
 def make(directory):
     """Write report.md and figure.png beside results.json."""
-    policies = json.loads(Path(directory, "results.json").read_text())["policies"]
-    Path(directory, "report.md").write_text(report_text(policies))
+    policies = read_json(Path(directory, "results.json"))["policies"]
+    Path(directory, "report.md").write_text(report_text(policies), encoding="utf-8")
     figure(policies).savefig(Path(directory, "figure.png"), dpi=110)
     print(f"wrote report.md and figure.png in {directory}")
 

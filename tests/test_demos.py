@@ -1,40 +1,39 @@
 """The expert, the files it is recorded to and their reader, on the real simulator."""
 
+import fcntl
 import itertools
 import json
+import os
 import shutil
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
 from mani_skill.trajectory import replay_trajectory
 from recorded_demos import record, recorded_demos
+from test_checkpoints import refused
 
 from common.run.evaluate import run_episodes
 from common.simulation.episodes import evaluation_ids, held_out
 from demonstrations.expert import STEP_M, STEP_RAD, Expert, grasp, quantise
 from demonstrations.reader import action_statistics, load_demos, moving_steps, read_header
-from demonstrations.record import Args, check_args
+from demonstrations.record import Args, check_args, write_episode
 
 
-def test_quantise_never_overshoots_by_more_than_half_the_smallest_speed():
-    """Stops back-and-forth steps, which would make the label of nearly equal images change sign."""
+def test_speeds_and_grasps_of_the_expert():
+    """Stops labels that change sign, grasps along the long side, and needless half turns."""
     error = np.array([0.0, 0.002, -0.003, 0.018, -0.039, 0.5])
     assert quantise(error, STEP_M).tolist() == [0.0, 0.0, -0.005, 0.02, -0.04, 0.04]
     errors = np.linspace(-0.2, 0.2, 999)
     assert np.all(np.abs(quantise(errors, STEP_M)) <= np.abs(errors) + STEP_M[0] / 2)
-
-
-@pytest.mark.parametrize("yaw, turn", [(0, 90), (45, -45), (90, 0), (135, 45)])
-def test_grasp_axis_is_the_short_one_and_the_turn_at_most_a_quarter(yaw, turn):
-    """Stops grasps along the long side, which do not fit, and half turns of a symmetric gripper."""
-    c, s = np.cos(np.deg2rad(yaw)), np.sin(np.deg2rad(yaw))
-    rotation = np.array([[[c, -s, 0], [s, c, 0], [0, 0, 1]]])
-    closing = np.array([[1.0, 0.0, 0.0]])
-    long_in_x = np.array([[0.06, 0.015, 0.02]])
-    assert np.rad2deg(grasp(rotation, long_in_x, closing)) == pytest.approx([turn])
-    cube = np.full((1, 3), 0.02)  # is taken as it lies, with the smaller turn
-    assert abs(np.rad2deg(grasp(rotation, cube, closing)))[0] <= 45 + 1e-6
+    closing, long_in_x = np.array([[1.0, 0.0, 0.0]]), np.array([[0.06, 0.015, 0.02]])
+    for yaw, turn in ((0, 90), (45, -45), (90, 0), (135, 45)):
+        c, s = np.cos(np.deg2rad(yaw)), np.sin(np.deg2rad(yaw))
+        rotation = np.array([[[c, -s, 0], [s, c, 0], [0, 0, 1]]])
+        assert np.rad2deg(grasp(rotation, long_in_x, closing)) == pytest.approx([turn])
+        cube = np.full((1, 3), 0.02)  # is taken as it lies, with the smaller turn
+        assert abs(np.rad2deg(grasp(rotation, cube, closing)))[0] <= 45 + 1e-6
 
 
 def expert_success(envs, task, split, num_episodes):
@@ -65,8 +64,8 @@ def test_expert_succeeds(simulators, task, split, scene, num_steps, num_episodes
     assert expert_success(envs, task, split, num_episodes) >= least
 
 
-def test_recorded_episodes_succeed_and_are_for_training():
-    """Stops failures, duplicates and evaluation episodes in the training data."""
+def test_what_is_recorded_is_read(tmp_path):
+    """Stops failures, duplicates, evaluation episodes, mixed up directories, lost old ones."""
     data = load_demos(recorded_demos())
     assert len(set(data.episode_ids)) == len(data.instructions) == 10
     assert not held_out("main", "train", data.episode_ids).any()
@@ -79,17 +78,12 @@ def test_recorded_episodes_succeed_and_are_for_training():
             assert len(frames) == len(group["actions"]) + 1
     assert data.images.shape == (len(data.actions), 120, 160, 3)
     assert data.images.dtype == np.uint8 and data.images.std() > 20
-
-
-def test_directories_are_mixed_and_old_ones_read(tmp_path):
-    """Stops episodes of one directory that count as another's, and the loss of old recordings."""
     both = load_demos([recorded_demos()] * 2, num_demos=3)
     assert both.sources.tolist() == [0] * 3 + [1] * 3 and len(both.scenes) == 6
     one = load_demos(recorded_demos(), num_demos=3)
     assert both.episode_ids == one.episode_ids * 2
     np.testing.assert_array_equal(both.actions[both.episodes >= 3], one.actions)
-    with pytest.raises(ValueError, match="num_demos = 11"):
-        load_demos(recorded_demos(), num_demos=11)
+    refused("num_demos = 11", load_demos, recorded_demos(), num_demos=11)
     shutil.copytree(recorded_demos(), tmp_path / "old")
     path = tmp_path / "old/trajectory.json"
     header = json.loads(path.read_text())
@@ -129,17 +123,16 @@ def test_mistakes_are_executed_but_not_imitated(tmp_path):
     pushed = difference.any(axis=1)
     assert 0.05 < pushed.mean() < 0.4 and 0.01 < difference[pushed, :3].std() < 0.04
     assert not difference[:, [3, 4]].any()
-    long_enough = []
+    blunders = []
     for flipped in np.split(executed[:, 6] != labels[:, 6], np.cumsum(lengths)[:-1]):
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], flipped, [0]])))
-        ended = edges[1::2] < len(flipped)  # the episode's end may cut a blunder
-        long_enough += ((edges[1::2] - edges[::2]) >= 4)[ended].tolist()
-    assert long_enough and all(long_enough)
+        steps = [(on, len(list(group))) for on, group in itertools.groupby(flipped)]
+        blunders += [length for on, length in steps[:-1] if on]  # the end may cut the last
+    assert blunders and min(blunders) >= 4
     assert max(lengths) > 26, "nothing had to be recovered from"
 
 
-def test_statistics_are_symmetric_with_floors():
-    """Stops bins that have no zero, and dimensions whose whole range is rounding noise."""
+def test_statistics_and_steps_that_are_left_out():
+    """Stops bins without zero, ranges of rounding noise, dropped slow moves, rest or commands."""
     actions = np.zeros((1000, 7))
     actions[:, 0] = np.linspace(-0.02, 0.04, 1000)
     statistics = action_statistics(actions)
@@ -150,10 +143,6 @@ def test_statistics_are_symmetric_with_floors():
     plain = action_statistics(actions, floors=None)  # floors only where nothing moves
     assert plain["q01"][:4] == pytest.approx([-0.0194, -0.01, -0.01, -0.05])
     assert plain["q99"][:4] == pytest.approx([0.0394, 0.01, 0.01, 0.05])
-
-
-def test_steps_that_are_left_out():
-    """Stops a filter that drops slow moves, gripper commands, or all rest after success."""
     actions = np.zeros((9, 7))
     actions[:, 6] = [1, 1, -1, -1, -1, 1, 1, 1, 1]
     actions[1, 0], actions[4, 5], actions[6, 1] = 0.005, -0.05, 0.011
@@ -162,58 +151,46 @@ def test_steps_that_are_left_out():
     assert moving_steps(actions, "still").tolist() == [1, 2, 4, 5, 6, 7, 8]
 
 
-def truncate(path):
-    file = path / "trajectory.h5"
-    file.write_bytes(file.read_bytes()[:-10_000])
-
-
-def edit(path, key, columns=0):
-    """Delete an array or group of the file, or keep so many columns of an array."""
+def edit(path, key, change=None):
+    """Change an array of the file, or delete it or a group."""
     with h5py.File(path / "trajectory.h5", "a") as file:
-        kept = file[key][:, :columns] if columns else None
+        changed = change and change(file[key][:])
         del file[key]
-        if columns:
-            file[key] = kept
+        if change:
+            file[key] = changed
 
 
 BAD = {
-    "truncated": (truncate, r"trajectory\.h5"),
-    "broken json": (lambda path: (path / "trajectory.json").write_text("{"), r"trajectory\.json"),
-    "no key": (lambda path: (path / "trajectory.json").write_text("{}"), "settings"),
-    "six dimensions": (
-        lambda path: edit(path, "traj_3/actions", 6),
-        r"traj_3/actions is \(\d+, 6\)",
-    ),
-    "no images": (lambda path: edit(path, "traj_2/obs"), "traj_2"),
-    "no episode": (lambda path: edit(path, "traj_9"), "traj_9"),
+    "trajectory.h5": lambda path: os.truncate(path / "trajectory.h5", 100_000),
+    "trajectory.json": lambda path: (path / "trajectory.json").write_text("{"),
+    "settings": lambda path: (path / "trajectory.json").write_text("{}"),
+    r"traj_3.*actions is \(\d+, 6\)": lambda path: edit(path, "traj_3/actions", lambda a: a[:, :6]),
+    "traj_3.*actions.*finite": lambda path: edit(path, "traj_3/actions", lambda a: a * np.nan),
+    "traj_2": lambda path: edit(path, "traj_2/obs"),
+    "traj_9": lambda path: edit(path, "traj_9"),
 }
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_bad_files_are_named(what, tmp_path):
-    """Stops training on half a data set, and errors that do not say which file and key is wrong."""
-    spoil_files, message = BAD[what]
+@pytest.mark.parametrize("named", BAD)
+def test_bad_files_are_named(named, tmp_path):
+    """Stops training on half a data set or NaN, and errors without the file and key at fault."""
     shutil.copytree(recorded_demos(), tmp_path / "main")
-    spoil_files(tmp_path / "main")
-    with pytest.raises(ValueError, match=message):
-        load_demos(tmp_path / "main")
+    BAD[named](tmp_path / "main")
+    refused(named, load_demos, tmp_path / "main")
 
 
-def test_a_recording_appears_whole_and_is_never_overwritten(tmp_path):
-    """Stops half a recording from being read, and hours of one from being replaced."""
-    with pytest.raises(FileNotFoundError, match="demonstrations.record --output"):
-        load_demos(tmp_path)
-    before = (recorded_demos() / "trajectory.h5").read_bytes()
-    with pytest.raises(FileExistsError, match="another --output"):
-        record(recorded_demos(), num_demos=1)
-    assert (recorded_demos() / "trajectory.h5").read_bytes() == before
-
-
-@pytest.mark.parametrize("wrong", [
-    dict(num_demos=0), dict(noise_probability=15.0), dict(task="pour"),
-    dict(task="single", num_demos=4000),
-], ids=str)  # fmt: skip
-def test_arguments_that_make_no_recording_are_refused(wrong):
-    """Stops percent taken for a share, and hours of episodes that can only repeat themselves."""
-    with pytest.raises(ValueError, match=str(list(wrong.values())[-1])):
-        check_args(Args(**wrong))
+def test_a_recording_is_right_or_refused(tmp_path):
+    """Stops half a recording, NaN, one that replaces another, and percent taken for a share."""
+    refused("demonstrations.record --output", load_demos, tmp_path)
+    path = recorded_demos() / "trajectory.h5"
+    before = path.read_bytes()
+    refused("another --output", record, recorded_demos(), num_demos=1)
+    assert path.read_bytes() == before
+    with path.open("rb") as file, pytest.raises(ValueError, match="trajectory.h5.*another process"):
+        fcntl.flock(file, fcntl.LOCK_EX)
+        load_demos(path.parent)  # whose fix is not to record them again
+    file, episode = SimpleNamespace(filename="x.h5"), dict(id=7, actions=[np.nan])
+    refused("x.h5: actions of episode 7", write_episode, file, episode, 1, 0)
+    few = dict(task="single", num_demos=4000)  # hours of repetitions
+    for wrong in (dict(num_demos=0), dict(noise_probability=15.0), dict(task="pour"), few):
+        refused(str(list(wrong.values())[-1]), check_args, Args(**wrong))

@@ -173,12 +173,17 @@ def test_what_the_loop_learns_from(train, updates, monkeypatch):
         assert np.array_equal(side, results[1]["frames"][row])
 
 
-def test_no_pair_no_step(train):
-    """Stops weight decay and momentum from acting on nothing, and NaN."""
+def test_no_pair_no_step_and_no_reference_but_the_start(train, monkeypatch):
+    """Stops AdamW from acting on nothing, NaN, policy and reference that are scored in two ways."""
     run_dir = train("dpo", FLAGS, success=iter(np.zeros((4, 4), bool)))
     assert not state_of(run_dir)["policy"]["state"], "AdamW has made a step"
     row = metrics_of(run_dir)[-1]
     assert row["train/frac_without_pair"] == 1 and row["train/num_pairs"] == 0
+    load_start, seeds = dpo_vla.load_start, iter([1, 2])
+    monkeypatch.setattr(dpo_vla, "load_start", lambda run, *rest: load_start(
+        dataclasses.replace(run, seed=next(seeds)), *rest))  # fmt: skip
+    with pytest.raises(ValueError, match="first margin"):
+        train("dpo", f"{FLAGS} --name other", success=iter(SUCCESS))
 
 
 @pytest.mark.parametrize("kind", ["all weights", "new adapter", "loaded adapter"])
@@ -208,12 +213,3 @@ def test_reference_is_the_start(train, updates, tmp_path, monkeypatch, kind):
         (tmp_path / "adapted").rename(tmp_path / "gone")
         with pytest.raises(FileNotFoundError, match="adapted"):
             train("dpo", f"{flags} --resume runs/run --num-iterations 3")
-
-
-def test_a_reference_that_is_not_the_start_is_refused(train, monkeypatch):
-    """Stops policy and reference from being scored in two ways: the first margin is not 0."""
-    load_start, seeds = dpo_vla.load_start, iter([1, 2])
-    monkeypatch.setattr(dpo_vla, "load_start", lambda run, *rest: load_start(
-        dataclasses.replace(run, seed=next(seeds)), *rest))  # fmt: skip
-    with pytest.raises(ValueError, match="first margin"):
-        train("dpo", FLAGS, success=iter(SUCCESS))

@@ -170,21 +170,20 @@ def test_sigterm_leaves_a_run_that_continues(script, tmp_path):
     assert state_of(tmp_path / "runs/stopped")["iteration"] == int(checkpoint.name[-6:]) >= 1
 
 
-REFUSED = [(script, flags) for script in SCRIPTS for flags in (
-    "--num-iterations 0", "--model runs/missing", "--task no_such_task", "--name taken",
-)] + [("ppo", flags) for flags in (  # what all scripts share
-    "--learning-rate -1", "--learning-rate nan", "--micro-batch-size 0", "--lora-rank -1",
-    "--eval-every -1", "--seed -1", "--max-grad-norm inf", "--name a/b", "--preset papper",
-    "--no-such-flag 1", "--resume runs/nothing", "--sim-device cuda", "--unnorm-key typo",
-    "--gamma 1.5", "--clip-coef -0.2", "--target-kl 0", "--temperature 0", "--critic h1",
-    "--vf-coef 2", "--critic h0 --value-epochs 2", "--reset-after-success -1",
-)] + [("grpo", flags) for flags in (
-    "--group-size 1", "--group-size 3", "--num-steps 3", "--filter-high 1.1", "--filter-low 0.95",
-    "--advantage other",
-)] + [("dpo", flags) for flags in ("--num-trajectories 1", "--beta 0", "--num-envs 3")] + [
-    ("sft", flags) for flags in ("--demos no/such/demos", "--val-demos 0", "--unnorm-key x",
-    "--eval-every 0 --sim-device cuda")
-]  # fmt: skip
+REFUSED = """--num-iterations 0, --model runs/missing, --task no_such_task, --name taken
+ppo: --learning-rate -1, --learning-rate nan, --micro-batch-size 0, --lora-rank -1, --eval-every -1,
+    --seed -1, --max-grad-norm inf, --name a/b, --preset papper, --no-such-flag 1, --critic h1,
+    --resume runs/nothing, --sim-device cuda, --unnorm-key typo, --gamma 1.5, --clip-coef -0.2,
+    --target-kl 0, --temperature 0, --vf-coef 2, --critic h0 --value-epochs 2,
+    --reset-after-success -1
+grpo: --group-size 1, --group-size 3, --num-steps 3, --filter-high 1.1, --filter-low 0.95,
+    --advantage other
+dpo: --num-trajectories 1, --beta 0, --num-envs 3
+sft: --demos no/such/demos, --val-demos 0, --unnorm-key x, --eval-every 0 --sim-device cuda"""
+REFUSED, *OWN = re.split(r"\n(?=\w)", REFUSED)
+REFUSED = [(script, flags) for script in SCRIPTS for flags in REFUSED.split(", ")]
+for script, flags in [line.split(": ") for line in OWN]:
+    REFUSED += [(script, each) for each in re.split(r",\s+", flags)]
 
 
 @pytest.mark.parametrize("script, flags", REFUSED)

@@ -7,6 +7,7 @@ import pytest
 import running
 import torch
 from recorded_demos import recorded_demos
+from test_checkpoints import refused
 
 import sft_vla
 from common.model.checkpoints import load_vla, trainable_parameters
@@ -50,17 +51,14 @@ def test_validation_is_of_every_directory_and_its_scenes_are_not_trained_on():
         assert counts == [len(set(part.tolist())) for part in rows], "whole episodes"
 
 
-def test_every_epoch_is_a_permutation():
-    """Stops minibatches that see some samples twice, and orders that depend on a resume."""
+def test_minibatches_and_learning_rates():
+    """Stops samples seen twice, orders that depend on a resume, equal changes, an endless rise."""
     rows = torch.cat([minibatch(step, 10, 3, seed=1) for step in range(3)])
     assert len(set(rows.tolist())) == 9
     assert not torch.equal(minibatch(0, 10, 3, seed=1), minibatch(3, 10, 3, seed=1))
     assert torch.equal(minibatch(7, 10, 3, seed=1), minibatch(7, 10, 3, seed=1))
     assert sorted(minibatch(0, 10, 99, seed=1).tolist()) == list(range(10))
-
-
-def test_augmentation_keeps_the_picture():
-    """Stops changes that move the scene by centimetres or depend on global state."""
+    # Augmentation does not move the scene by centimetres or depend on global state
     images = torch.randint(0, 256, (1, 8, 11, 3), dtype=torch.uint8)
     images = images.repeat_interleave(10, 1).repeat_interleave(10, 2).repeat(64, 1, 1, 1)
     first, again, other = [augment(images, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
@@ -71,10 +69,6 @@ def test_augmentation_keeps_the_picture():
     alike = [np.corrcoef(a, b)[0, 1] for a, b in zip(before, after, strict=True)]
     assert min(alike) > 0.6 and np.mean(alike) > 0.9
     assert torch.unique(first.float().mean((1, 2, 3))).numel() > 50, "all got the same change"
-
-
-def test_learning_rate_schedule():
-    """Stops a cosine of another length, and a rise that begins at 0 or never ends."""
     args = args_of("--num-iterations 2 --num-updates 50 --learning-rate 1", warmup_updates=10)
     constant = dataclasses.replace(args, lr_schedule="constant")
     assert [sft_vla.scheduled_lr(step, constant) for step in (0, 4, 10)] == [0.1, 0.5, 1.0]
@@ -82,8 +76,8 @@ def test_learning_rate_schedule():
     assert sft_vla.scheduled_lr(99, args) == pytest.approx(0.000247, abs=1e-6)
 
 
-def test_accumulation_gives_the_same_update():
-    """Stops a loss whose scale depends on the micro-batch size."""
+def test_parts_and_ranks_give_the_same_update(monkeypatch):
+    """Stops a scale that depends on micro-batches, ranks that drift apart, an unwanted clip."""
     args = args_of("--augment")
     whole, metrics = one_update(args)
     parts, _ = one_update(args, micro_batch_size=3)
@@ -94,11 +88,7 @@ def test_accumulation_gives_the_same_update():
     loss = cross_entropy(model, demos, rows, augment(demos.images[rows], generator)).mean().item()
     assert metrics["losses/cross_entropy"] == pytest.approx(loss, abs=1e-5)
     assert loss == pytest.approx(np.log(256), abs=1.5), "random weights are near uniform"
-
-
-def test_gradients_of_ranks_add_up_and_are_clipped(monkeypatch):
-    """Stops ranks that drift apart, each with its own gradient, and a clip where none is wanted."""
-    args, moved = args_of("--augment"), {}
+    moved = {}
     before, _ = one_update(args, max_grad_norm=1e-30)
     clipped, metrics = one_update(args, max_grad_norm=0.1)
     for place in ((0, 1), (0, 2), (1, 2)):
@@ -112,8 +102,8 @@ def test_gradients_of_ranks_add_up_and_are_clipped(monkeypatch):
     assert not torch.allclose(moved[0, 2], moved[1, 2], rtol=0.1), "the check sees nothing"
 
 
-def test_learns_three_demonstrations_by_heart():
-    """Stops tokens or a loss that cannot even memorise; shuffled pictures must do worse."""
+def test_learns_three_demonstrations_by_heart(monkeypatch):
+    """Stops tokens, a loss or a measure that cannot even memorise; shuffled pictures are worse."""
     args = args_of("--batch-size 64 --num-demos 4 --val-demos 1 --num-updates 40")
     args = dataclasses.replace(args, micro_batch_size=64, learning_rate=2e-3, warmup_updates=15)
     model, demos, rows, _ = start(args)
@@ -125,11 +115,7 @@ def test_learns_three_demonstrations_by_heart():
     demos.images = demos.images[torch.randperm(len(demos.images))]
     shuffled = validate(model, demos, rows, 1024).means()
     assert shuffled["token_accuracy"] < learned["token_accuracy"] - 0.05
-
-
-def test_gripper_is_right_where_the_simulator_reads_it_so(monkeypatch):
-    """Stops a decoded .3, at which the hand closes, from counting as open."""
-    model, demos, _, _ = start(args_of())
+    # A decoded .3, at which the hand closes, does not count as open
     tokens = model.encode_actions(demos.actions[:8])
     tokens[:, 6] = model.bins.stop - 1 - 165
     assert model.decode_actions(tokens)[0, 6].item() == pytest.approx(0.3, abs=0.01)
@@ -139,8 +125,8 @@ def test_gripper_is_right_where_the_simulator_reads_it_so(monkeypatch):
     assert means["gripper_accuracy"] == 0.75, "right where the label is closed"
 
 
-def test_statistics_and_what_the_presets_name():
-    """Stops the 7B warm-up from replacing its statistics, and other presets than the paper's."""
+def test_statistics_presets_and_bad_data(monkeypatch):
+    """Stops a warm-up that replaces its statistics, other presets, no data, data of one rank."""
     kept, *_ = start(args_of("--statistics model"))
     assert kept.config.norm_stats == load_vla("tiny").config.norm_stats
     for statistics, symmetric in (("quantiles", False), ("symmetric", True)):
@@ -151,14 +137,7 @@ def test_statistics_and_what_the_presets_name():
     updates = {name: (p.num_iterations * p.num_updates, p.augment) for name, p in PRESETS.items()}
     assert updates["warmup"] == (2000, True) and updates["baseline"] == (60000, False)
     assert [p.statistics for p in PRESETS.values()] == ["symmetric", "model", "quantiles"]
-
-
-def test_bad_data_are_refused(monkeypatch):
-    """Stops training without training data, on another scene, or of ranks on different files."""
-    with pytest.raises(ValueError, match="val_demos = 10"):
-        start(args_of("--val-demos 10"))
-    with pytest.raises(ValueError, match="scene = small"):
-        sft_vla.main(args_of("--scene published --eval-every 0"))
+    refused("val_demos = 10", start, args_of("--val-demos 10"))
+    refused("scene = small", sft_vla.main, args_of("--scene published --eval-every 0"))
     monkeypatch.setattr(sft_vla, "gather_over_ranks", lambda checksum: [checksum, 0])
-    with pytest.raises(ValueError, match="differ between ranks"):
-        start(args_of())
+    refused("differ between ranks", start, args_of())

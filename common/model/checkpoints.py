@@ -1,8 +1,9 @@
 """Models on disk: `load_vla` and `save_vla`, around transformers' and PEFT's own functions.
 A model directory holds config.json, tokenizer.json and safetensors; a LoRA directory PEFT's files,
-the action statistics, and base/ where its base is stored nowhere else."""
+the action statistics, and base/ unless its base is on the hub."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import NamedTuple
 
 import huggingface_hub
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tokenizers import Tokenizer
+
+from common.run.files import check, naming, read_json
 
 TINY = Path(__file__).parents[2] / "tiny"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -23,7 +26,7 @@ LORA_TARGETS = """proj qkv fc1 fc2 fc3 convs.0 convs.1 convs.2 q_proj k_proj v_p
 
 
 class Source(NamedTuple):  # where the parts of a model are
-    name: str  # what an adapter names as its base; "": these weights are stored nowhere else
+    name: str  # hub id or directory of the base; "": these weights are stored nowhere else
     config: dict
     norm_stats: dict
     folder: Path  # of config.json, tokenizer.json and the weights
@@ -49,40 +52,24 @@ def locate(start, named_by=""):
         right = ADAPTER in weights and not any(name.startswith("model") for name in weights)
         check(right, f"{folder} has {list(weights)}; beside an adapter must be {ADAPTER}, no model")
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "(none)"
-        source = locate(folder / base if base == "base" else base, f"{folder / ADAPTER_CONFIG}: ")
+        named_by = f"{folder / ADAPTER_CONFIG} must name its base in base_model_name_or_path: "
+        source = locate(folder / base if base == "base" else base, named_by)
         check(source.adapter is None, f"{folder} is an adapter on an adapter; merge {base} first")
-        norm_stats, name = norm_stats or source.norm_stats, "" if base == "base" else source.name
-        return source._replace(name=name, norm_stats=norm_stats, adapter=folder)
+        return source._replace(norm_stats=norm_stats or source.norm_stats, adapter=folder)
     config = read_json(folder / "config.json")
     # OpenVLA's fine-tuning leaves its base's statistics in config.json and writes the other file.
     norm_stats = norm_stats or config.get("norm_stats")
     check(norm_stats, f"{folder / 'config.json'} has no norm_stats; add it, or {STATISTICS}")
     read_json(folder / "tokenizer.json")
-    random = start == "tiny"
-    check(weights or random, f"{folder} has no safetensors; pickles can run code and are not read")
-    return Source("" if random else name, config, norm_stats, folder)
-
-
-def read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    name = "" if start == "tiny" else name
+    check(weights or not name, f"{folder} has no safetensors; pickles can run code, none is read")
+    return Source(name, config, norm_stats, folder)
 
 
 def keys_of(path):
     """Keys of a safetensors file. Opening it compares its header with its length."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return set(file.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not safetensors: {error}") from error
-
-
-def check(condition, message):
-    """ValueError with a message that names the value, the rule and the fix."""
-    if not condition:
-        raise ValueError(message)
+    with naming(path), safe_open(path, framework="pt") as file:
+        return set(file.keys())
 
 
 def choose_key(norm_stats, unnorm_key, assets=""):
@@ -130,7 +117,7 @@ def load_vla(
     base.compute_dtype = getattr(torch, dtype)
     if unnorm_key or len(source.norm_stats) == 1:
         base.unnorm_key = choose_key(source.norm_stats, unnorm_key)
-    base.enable_activation_checkpointing(activation_checkpointing)
+    base.activation_checkpointing = activation_checkpointing
     for parameter in model.parameters():
         # A copy: kernels may round differently in a file's memory map, which is not aligned.
         # model.to(dtype) would round the rotary frequencies too.
@@ -162,16 +149,16 @@ def read_model(source, dtype, device):
         wrong = {kind: sorted(keys)[:3] for kind, keys in info.items() if keys}
         check(not wrong, f"{source.folder}/model*.safetensors: {wrong}")
     model.name_or_path = source.name
-    model.tokenizer = Tokenizer.from_file(str(source.folder / "tokenizer.json"))
+    path = source.folder / "tokenizer.json"
+    with naming(path):
+        model.tokenizer = Tokenizer.from_buffer(path.read_bytes())
     right = config.stem or model.tokenize([""])[0][0, -1] == EMPTY
-    check(right, f"{source.folder}/tokenizer.json: prompts must end in {EMPTY}; copy OpenVLA's")
+    check(right, f"{path}: prompts must end in {EMPTY}; copy OpenVLA's")
     if source.adapter is None:
         return model, model
     base, path = model, source.adapter / ADAPTER
-    try:
+    with naming(path, "it does not fit its base"):
         model = PeftModel.from_pretrained(base, source.adapter, is_trainable=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit its base: {error}") from error
     # PEFT stores the weights of an adapted lm_head too, and RL4VLA's adapters cover unread layers.
     unread = "|".join([r"\.base_layer\.", *base.vision_backbone.unread])
     differ = get_peft_model_state_dict(model, save_embedding_layers=False).keys() ^ keys_of(path)
@@ -184,33 +171,52 @@ def read_model(source, dtype, device):
 
 
 # --- save ---
-def save_vla(model, directory):
-    """Write what `load_vla(directory)` restores, whole or not at all."""
+def save_vla(model, directory, add=None):
+    """Write what `load_vla(directory)` restores, whole or not at all.
+    add: function(folder) that writes more files into it, before it appears."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar per checkpoint would break the status line
     final = Path(directory)
-    folder = final.with_name(f".{final.name}.new")
+    folder, old = (final.with_name(f".{final.name}.{end}") for end in ("new", "old"))
     shutil.rmtree(folder, ignore_errors=True)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if base is model or not base.name_or_path:
-        target = folder if base is model else folder / "base"
+    name, target = ("", folder) if base is model else (base.name_or_path, folder / "base")
+    on_hub = name and not os.path.isabs(name)
+    if not on_hub and not os.path.isdir(name):  # stored nowhere, or not any more
         weights = base.state_dict().items()
         weights = {k.replace(".base_layer", ""): w for k, w in weights if "lora_" not in k}
         base.save_pretrained(target, state_dict=weights)
         base.tokenizer.save(str(target / "tokenizer.json"))
     if base is not model:
-        model.peft_config["default"].base_model_name_or_path = base.name_or_path or "base"
+        model.peft_config["default"].base_model_name_or_path = name if on_hub else "base"
         model.save_pretrained(folder, save_embedding_layers=False)
         (folder / STATISTICS).write_text(json.dumps(base.config.norm_stats), encoding="utf-8")
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(folder.stat().st_mode & 0o666)  # as all other files: not the owner's alone
-    old = final.with_name(f".{final.name}.old")
+    if add:
+        add(folder)
+    for path in filter(Path.is_file, folder.rglob("*")):
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors: the owner's alone
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    if base is not model and not on_hub:
+        if os.path.isdir(name):
+            link_files(Path(name), target)
+        base.name_or_path = str(final.absolute() / "base")  # the next save finds it there
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
     folder.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def link_files(start, target):
+    """A model in a second directory, which may outlive the first: no copies on one disk."""
+    target.mkdir()
+    for path in (*start.glob("*.safetensors"), *start.glob("*.json")):
+        try:
+            os.link(path.resolve(), target / path.name)
+        except OSError:  # another disk, or another user's file
+            shutil.copy(path, target)
 
 
 def trainable_parameters(module):

@@ -47,12 +47,10 @@ class HiddenCritic(nn.Module):
 class SeparateCritic(nn.Module):
     """Reads h0 of its own copy of the policy's network; the weights that are frozen are shared."""
 
-    def __init__(self, model):
+    def __init__(self, model, head):
         super().__init__()
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-        self.model = copy.deepcopy(model, frozen)
-        width, inner = model.config.text_config.hidden_size, model.config.value_head
-        self.head = HiddenCritic(width, "h0", inner)
+        self.model, self.head = copy.deepcopy(model, frozen), head
 
     def forward(self, obs, instructions, hidden, state):
         return self.head(obs, instructions, self.model.prompt_hidden(obs, instructions), state)
@@ -66,7 +64,8 @@ def make_critic(kind, model, seed):
         if kind == "state":
             critic = StateCritic(STATE_SIZE)
         elif kind == "separate":
-            critic = SeparateCritic(getattr(model, "model", model))  # without PEFT's wrapper
+            head = HiddenCritic(width, "h0", inner)
+            critic = SeparateCritic(getattr(model, "model", model), head)  # without PEFT's wrapper
         else:
             critic = HiddenCritic(width, kind, inner)
     return critic.to(model.device)

@@ -20,8 +20,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from common.model.checkpoints import check, choose_key
 from common.model.vision import MLP, ConvStem, TwinTowers
 
-# The final space is a token of its own.
-PROMPT = "In: What action should the robot take to {}?\nOut: "
+PROMPT = "In: What action should the robot take to {}?\nOut: "  # the last space is a token
 ACTION_DIM = 7
 
 
@@ -101,11 +100,8 @@ class OpenVLA(PreTrainedModel):
         enabled = self.compute_dtype != torch.float32
         return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled)
 
-    def enable_activation_checkpointing(self, on=True):
-        """Compute each block again in the backward pass: less memory, more time."""
-        self.activation_checkpointing = on
-
     def recompute(self, block, x, **given):
+        """Activation checkpointing: less memory, more time."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False, **given)
         return block(x, **given)
@@ -198,8 +194,7 @@ class OpenVLA(PreTrainedModel):
             mask = F.pad(mask, (0, ACTION_DIM - 1), value=True)
             x, mask = self.embed(self.fit_images(obs), forced, mask)
             hidden = self.hidden_states(x, mask, last=ACTION_DIM)
-        logits = self.bin_logits(hidden)
-        return F.log_softmax(logits / (temperature or 1.0), dim=-1), hidden
+        return F.log_softmax(self.bin_logits(hidden) / (temperature or 1.0), dim=-1), hidden
 
     def evaluate_actions(self, obs, instructions, tokens, temperature=1.0):
         """Score tokens (N, 7) int64, with gradients; the rest as in `act`.

@@ -2,18 +2,20 @@
 A script's Args holds these groups beside its own flags; on the command line all flags are flat."""
 
 import importlib.util
-import json
 import math
 import os
+import shlex
 import sys
+import time
 from argparse import ArgumentParser
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Literal, get_type_hints
 
 import tyro
 
-from common.model.checkpoints import check, choose_key, locate
+from common.model.checkpoints import choose_key, locate
+from common.run.files import check, read_json
 from common.simulation.env import SCENES, check_scene
 from common.simulation.renderer import check_simulator
 
@@ -60,7 +62,7 @@ AT_MOST_ONE = "gamma gae_lambda filter_low filter_high".split()
 def parse_args(args_class, presets, argv=None):
     """`--preset NAME` or `--resume RUN_DIR` choose the defaults; other flags override them.
     args_class: the script's dataclass; presets: dict name -> instance; argv: list of str.
-    FileNotFoundError: no run there; ValueError: another script's, or a flag it must not change."""
+    ValueError: no run there, another script's, or a flag that it must not change."""
     argv = sys.argv[1:] if argv is None else list(argv)
     chooser = ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--preset", default="default", choices=presets)
@@ -71,24 +73,22 @@ def parse_args(args_class, presets, argv=None):
     if chosen.resume:
         default = saved_args(args_class, Path(chosen.resume) / "args.json")
     args = tyro.cli(tyro.conf.OmitArgPrefixes[args_class], default=default, args=argv)
-    was, now = flat(default), flat(args)
     for name in FIXED if chosen.resume else ():
-        old, new = was.get(name), now.get(name)
+        old, new = flat(default).get(name), flat(args).get(name)
         check(old == new, f"{name} = {new!r}: --resume must not change {old!r}; start anew")
     return args
 
 
-def saved_args(args_class, path):
-    """Args of an earlier run from its args.json."""
-    if not path.is_file():
-        runs = sorted(str(found.parent) for found in Path("runs").glob("*/args.json"))
-        raise FileNotFoundError(f"{path} is missing; give --resume the directory of a run: {runs}")
-    saved, types = json.loads(path.read_text()), get_type_hints(args_class)
+def saved_args(args_class, path, group=None):
+    """Args of an earlier run from its args.json, or a group of them."""
+    runs = sorted(str(found.parent) for found in Path("runs").glob("*/args.json"))
+    check(path.is_file(), f"{path} is missing; give --resume the directory of a run: {runs}")
+    saved, types = group or read_json(path), get_type_hints(args_class)
     differ = sorted(saved.keys() ^ types.keys())
     check(not differ, f"{path} is of another script or version: the flags {differ} differ")
     for name, value in saved.items():
         if is_dataclass(types[name]):
-            saved[name] = types[name](**value)
+            saved[name] = saved_args(types[name], path, value)
         elif isinstance(value, list):
             saved[name] = tuple(value)
     return args_class(**saved)
@@ -97,9 +97,8 @@ def saved_args(args_class, path):
 def flat(args):
     """dict of all flags by name, those of the groups too."""
     flags = {}
-    for field in fields(args):
-        value = getattr(args, field.name)
-        flags.update(vars(value) if is_dataclass(value) else {field.name: value})
+    for name, value in vars(args).items():
+        flags.update(vars(value) if is_dataclass(value) else {name: value})
     return flags
 
 
@@ -118,17 +117,16 @@ def check_args(args, presets, unused):
     for name, does_nothing in unused.items():
         given = flags[name] != defaults[name]
         check(not (given and does_nothing), f"{name} = {flags[name]} does nothing here; drop it")
-    ranks, folder = int(os.environ.get("WORLD_SIZE", "1")), Path("runs", run.name or "-")
+    default = f"{Path(sys.argv[0]).stem}-{args.scene.task}-{run.seed}-%Y%m%d-%H%M%S"
+    run.name = run.name or time.strftime(default)
+    ranks, folder = int(os.environ.get("WORLD_SIZE", "1")), Path("runs", run.name)
     enough = not run.eval_every or run.eval_episodes >= ranks
     check(enough, f"eval_episodes = {run.eval_episodes} must be >= the {ranks} ranks")
-    right = args.num_envs % ranks == 0
-    check(right, f"num_envs = {args.num_envs} must be a multiple of the {ranks} ranks")
-    right = Path(run.name).name == run.name
-    check(right, f"name = {run.name!r} must be one folder in runs/; leave out the slashes")
-    right = run.resume or not any(folder.glob("checkpoint-*"))
-    check(right, f"{folder} holds a run; use --resume {folder}, or another --name")
-    right = not run.track or importlib.util.find_spec("wandb")
-    check(right, "track = True needs the package wandb: pip install wandb")
+    check(args.num_envs % ranks == 0, f"num_envs = {args.num_envs} must be a multiple of {ranks}")
+    check(folder.name == run.name, f"name = {run.name!r} must be one folder in runs/: no slashes")
+    right, again = run.resume or not any(folder.glob("checkpoint-*")), shlex.quote(str(folder))
+    check(right, f"{folder} holds a run; use --resume {again}, or another --name")
+    check(not run.track or importlib.util.find_spec("wandb"), "track = True: pip install wandb")
     if not unused.get("sim_device"):
         check_scene(args.scene.task, "train", args.scene.scene)
         check_simulator(args.scene.sim_device)

@@ -1,17 +1,15 @@
 """Running a policy on a list of held-out episodes: success, intervals, videos."""
 
-import os
 import time
-from pathlib import Path
 
-import imageio.v2 as imageio
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy.stats import binomtest
 
-from common.run.ranks import gather_over_ranks, rank_and_world_size
+from common.run.metrics import episode_metrics
+from common.run.ranks import rank_and_world_size
 from common.simulation.episodes import evaluation_ids
+from scripts.pictures import write_video
 
 TEMPERATURE = 0.6  # of evaluations, the study's; never compare results across temperatures
 OWN_SEED = 2**32  # of a run's own evaluations, beyond what --seed accepts
@@ -78,8 +76,7 @@ def evaluate(model, envs, task, num_episodes, video_stem=None, num_videos=2):
     generators = episode_generators(ids)[rank::world_size]
 
     def policy(obs, instructions, rows):
-        draws = [generators[row] for row in rows]
-        tokens, _, _ = model.act(obs, instructions, TEMPERATURE, draws)
+        tokens, _, _ = model.act(obs, instructions, TEMPERATURE, [generators[row] for row in rows])
         return model.decode_actions(tokens)
 
     record = num_videos if rank == 0 and video_stem else 0
@@ -87,10 +84,7 @@ def evaluate(model, envs, task, num_episodes, video_stem=None, num_videos=2):
     for row, frames in results.pop("frames").items():
         outcome = "success" if results["success_at_end"][row] else "failure"
         write_video(f"{video_stem}-{row}-{outcome}.mp4", frames, results["instruction"][row])
-    parts = gather_over_ranks(results)
-    metrics = {}
-    for key in ("success_at_end", "success_once", "grasped", "return"):
-        metrics[f"eval/{key}"] = float(np.concatenate([part[key] for part in parts]).mean())
+    metrics = episode_metrics([results], "eval/")
     successes = round(metrics["eval/success_at_end"] * num_episodes)
     metrics["eval/low"], metrics["eval/high"] = wilson(successes, num_episodes)
     metrics["eval/episodes"] = num_episodes
@@ -102,20 +96,3 @@ def wilson(k, n):
     """Wilson's 95 % interval (low, high) of the success rate k / n."""
     interval = binomtest(int(k), int(n)).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
-
-
-def write_video(path, frames, instruction, fps=5):
-    """H.264 video, 640 wide, of (H, W, 3) uint8 frames with the instruction on top."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp.mp4")  # a reader never meets half a file
-    upscale = max(1, 640 // frames[0].shape[1])
-    font = ImageFont.load_default(18)
-    with imageio.get_writer(temporary, fps=fps, codec="libx264", macro_block_size=2) as writer:
-        for frame in frames:
-            picture = ImageOps.scale(Image.fromarray(frame), upscale, Image.NEAREST)
-            draw = ImageDraw.Draw(picture)
-            draw.rectangle((0, 0, picture.width, 28), fill="black")
-            draw.text((8, 4), instruction, fill="white", font=font)
-            writer.append_data(np.asarray(picture))
-    os.replace(temporary, path)

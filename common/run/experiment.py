@@ -2,13 +2,16 @@
 runs/NAME holds args.json, metrics.jsonl, TensorBoard's file, checkpoint-000012, best-000010,
 videos/ and curve.png. A checkpoint is a directory that appears whole or not at all."""
 
+import fcntl
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
 import time
+import uuid
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -17,27 +20,43 @@ import torch
 
 from common.model.checkpoints import load_vla, save_vla
 from common.run.evaluate import evaluate
+from common.run.files import check, naming, write_atomic
 from common.run.metrics import peak_memory
 from common.run.ranks import gather_over_ranks, rank_and_world_size
+from scripts.pictures import draw_curves
 
 PROGRESS = ("iteration", "seconds", "evaluations")  # in a checkpoint's training state
 NUMBER = 6 * "[0-9]"  # of a checkpoint; a user's copy beside it has another name and stays
-# Metrics in the status line, of those that a script has
 STATUS = """train/success_at_end train/return losses/cross_entropy val/cross_entropy
     losses/approx_kl losses/frac_groups_dropped train/num_pairs rewards/margins
-    eval/success_at_end charts/SPS system/peak_gpu_gb""".split()
+    eval/success_at_end charts/SPS system/peak_gpu_gb""".split()  # metrics in the status line
 
 
 def find_checkpoint(run_dir, kind="checkpoint"):
     """The complete checkpoint directory with the highest number."""
     found = sorted(Path(run_dir).glob(f"{kind}-{NUMBER}"))
-    if not found:
-        raise FileNotFoundError(f"{run_dir} holds no {kind}-NNNNNN; start a new run")
+    check(found, f"{run_dir} holds no {kind}-NNNNNN; start a new run")
     return found[-1]
+
+
+def hold(run):
+    """The run's directory, which rank 0 makes and locks until this process ends.
+    ValueError: another process has it, or it cannot be written."""
+    run_dir = Path(gather_over_ranks(run.resume or f"runs/{run.name}")[0])
+    if rank_and_world_size()[0] == 0:
+        path = run_dir / ".lock"
+        with naming(path, "another --name, or a folder that can be written"):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            fcntl.lockf(os.open(path, os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for leftover in run_dir.glob(f".*-{NUMBER}.*"):  # of a save that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+    return run_dir
 
 
 def load_start(run, model, device, **options):
     """The model that training starts from or, on --resume, continues. run, model: their flags."""
+    if run.name or run.resume:  # else this is DPO's reference, which writes nothing
+        hold(run)
     settings = dict(asdict(model), **options, seed=run.seed, device=device)
     start = settings.pop("model")
     return load_vla(find_checkpoint(run.resume) if run.resume else start, **settings)
@@ -45,26 +64,25 @@ def load_start(run, model, device, **options):
 
 class Experiment:
     """Evaluates the start of a new run, or restores a run that is resumed.
-    script: its file's name; envs: None = no evaluation; state: dict name -> module or optimizer,
-    whose states checkpoints hold beside the model's weights."""
+    envs: None = no evaluation; state: dict name -> module or optimizer, whose states checkpoints
+    hold beside the model's weights."""
 
-    def __init__(self, args, script, model, envs, state):
+    def __init__(self, args, model, envs, state):
         self.args, self.model, self.envs, self.state = args, model, envs, state
         self.run = args.run
         self.iteration, self.seconds, self.evaluations = 0, 0.0, []
         self.enabled = rank_and_world_size()[0] == 0
-        default = f"{Path(script).stem}-{args.scene.task}-{args.run.seed}-%Y%m%d-%H%M%S"
-        run_dir = self.run.resume or f"runs/{self.run.name or time.strftime(default)}"
-        self.run_dir = Path(gather_over_ranks(run_dir)[0])
+        self.run_dir = hold(self.run)
         if self.run.resume:
             path = find_checkpoint(self.run_dir) / "training_state.pt"
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            for key in PROGRESS:
-                setattr(self, key, saved[key])
-            for name, part in self.state.items():
-                # strict=False: of a module only what is trained was saved
-                only_trained = {"strict": False} if isinstance(part, torch.nn.Module) else {}
-                part.load_state_dict(saved[name], **only_trained)
+            with naming(path, "a part is missing or damaged; use a copy, or start anew"):
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+                for key in PROGRESS:
+                    setattr(self, key, saved[key])
+                for name, part in self.state.items():
+                    wrong = sorted(saved[name].keys() ^ state_of(part).keys())
+                    check(not wrong, f"weights of {name}: {wrong[:3]}")
+                    part.load_state_dict({**part.state_dict(), **saved[name]})
         if self.enabled:
             self._open()
         if self.iteration == 0:
@@ -75,28 +93,31 @@ class Experiment:
     def _open(self):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         config = asdict(self.args)
         config["run"]["resume"] = ""
         write_atomic(self.run_dir / "args.json", json.dumps(config, indent=1, allow_nan=False))
         # A resumed run drops what it logged after its checkpoint; a new run begins with nothing
         path, kept = self.run_dir / "metrics.jsonl", []
         if self.run.resume and path.exists():
-            lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["iteration"] <= self.iteration]
+            lines = path.read_text(encoding="utf-8").splitlines(True)
+            with naming(path, "remove the line that is not JSON"):
+                lines = [line for line in lines if line.endswith("\n")]
+                kept = [line for line in lines if json.loads(line)["iteration"] <= self.iteration]
         write_atomic(path, "".join(kept))
-        self.file = path.open("a", buffering=1)
+        self.file = path.open("a", buffering=1, encoding="utf-8")
         self.tensorboard = SummaryWriter(str(self.run_dir))
         self.wandb = None
         if self.run.track:
             import wandb
 
-            name = {"name": self.run_dir.name, "id": self.run_dir.name}
+            path = self.run_dir / "wandb-id.txt"  # names repeat, in other folders and after an rm
+            if not path.is_file():
+                write_atomic(path, uuid.uuid4().hex)
+            name = {"name": self.run_dir.name, "id": path.read_text(encoding="utf-8")}
             self.wandb = wandb.init(project="cleanvla", resume="allow", config=config, **name)
-        stop_on_signals(f"python {sys.argv[0]} --resume {self.run_dir}")
+        stop_on_signals(shlex.join(["python", sys.argv[0], "--resume", str(self.run_dir)]))
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
-        start = self.run.resume or self.args.model.model
-        print(f"{self.run_dir} | {start} on {self.model.device}, {self.args.model.dtype}")
+        print(f"{self.run_dir} | {self.args.model} on {self.model.device}")
         print(f"trains {trained:.2f} M weights of the policy; {self.args.scene}", flush=True)
 
     def due(self, iteration):
@@ -124,8 +145,8 @@ class Experiment:
     def _evaluate(self):
         """The best checkpoint is chosen here and on nothing else."""
         stem = self.run_dir / "videos" / f"{self.iteration:06d}"
-        task, episodes = self.args.scene.task, self.run.eval_episodes
-        metrics = evaluate(self.model, self.envs, task, episodes, stem)
+        task = self.args.scene.task
+        metrics = evaluate(self.model, self.envs, task, self.run.eval_episodes, stem)
         self.evaluations.append(metrics["eval/success_at_end"])
         if self.evaluations[-1] >= max(self.evaluations):
             self._save("best")
@@ -147,20 +168,15 @@ class Experiment:
         if not self.enabled:
             return
         final = self.run_dir / f"{kind}-{self.iteration:06d}"
-        temporary, old = (self.run_dir / f".{final.name}.{end}" for end in ("tmp", "old"))
-        shutil.rmtree(temporary, ignore_errors=True)
-        save_vla(self.model, temporary)
-        saved = {name: state_of(part) for name, part in self.state.items()}
-        saved |= {key: getattr(self, key) for key in PROGRESS}
-        torch.save(saved, temporary / "training_state.pt")
-        shutil.copy(self.run_dir / "args.json", temporary)
-        for path in filter(Path.is_file, temporary.rglob("*")):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if final.exists():  # of an iteration that is done again after a resume
-            os.rename(final, old)
-        os.rename(temporary, final)
-        shutil.rmtree(old, ignore_errors=True)
+
+        def add(folder):
+            saved = {name: state_of(part) for name, part in self.state.items()}
+            saved |= {key: getattr(self, key) for key in PROGRESS}
+            torch.save(saved, folder / "training_state.pt")
+            shutil.copy(self.run_dir / "args.json", folder)
+
+        with naming(final, "it cannot be saved"):
+            save_vla(self.model, final, add)
         for other in self.run_dir.glob(f"{kind}-{NUMBER}"):
             if other != final:
                 shutil.rmtree(other)
@@ -175,12 +191,13 @@ class Experiment:
         self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
-        draw_curves(self.run_dir, curves)
+        draw_curves(self.run_dir, *curves)
         successes = " -> ".join(f"{value:.3f}" for value in self.evaluations)
-        time_s = self.seconds // 1
-        print(f"success at end: {successes or 'not evaluated'}; time: {timedelta(seconds=time_s)}")
+        hours = timedelta(seconds=self.seconds // 1)
+        print(f"success at end: {successes or 'not evaluated'}; time: {hours}")
         print(f"{self.run_dir} has curve.png, videos/, metrics.jsonl and checkpoints; next:")
-        print(f"python eval_ood.py --checkpoint {self.run_dir}")
+        script = Path(sys.argv[0]).with_name("eval_ood.py")
+        print(shlex.join(["python", str(script), "--checkpoint", str(self.run_dir)]))
 
 
 def state_of(part):
@@ -188,13 +205,6 @@ def state_of(part):
     if isinstance(part, torch.nn.Module):
         return {name: p for name, p in part.named_parameters() if p.requires_grad}
     return part.state_dict()
-
-
-def write_atomic(path, text):
-    """Write a temporary file and rename it: a reader never meets half a file."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def stop_on_signals(command):
@@ -206,18 +216,3 @@ def stop_on_signals(command):
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-
-
-def draw_curves(run_dir, keys):
-    """curve.png: these metrics of metrics.jsonl over the steps."""
-    from matplotlib.figure import Figure
-
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="steps")
-    for key in keys:
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=key)
-            axes.legend()
-    figure.savefig(run_dir / "curve.png", dpi=120)

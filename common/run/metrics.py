@@ -30,13 +30,13 @@ class Means:
         return means
 
 
-def episode_metrics(episodes):
-    """Means train/* of the episodes that ended. episodes: list of `infos["episode"]`."""
+def episode_metrics(episodes, prefix="train/"):
+    """Means of the episodes that ended. episodes: list of `infos["episode"]`."""
     means = Means()
     for episode in episodes:
         for key in ("success_at_end", "success_once", "grasped", "return"):
             means.add(key, episode[key])
-    return means.means("train/")
+    return means.means(prefix)
 
 
 def normalize(advantages):
@@ -65,10 +65,8 @@ def check_ratio(ratio, dtype):
     gap = (ratio - 1).abs().quantile(0.99).item()
     most = 0.01 if dtype == "float32" else 0.1  # bfloat16 rounds: by up to .03 so far
     if not gap <= most:
-        raise RuntimeError(
-            f"|ratio - 1| = {gap:.1e} before the first update, it must be <= {most}: the policy "
-            "that acted is not the one that is scored; try --dtype float32"
-        )
+        why = "the policy that acted is not the one that is scored; try --dtype float32"
+        raise RuntimeError(f"|ratio - 1| = {gap:.1e} before the first update, not <= {most}: {why}")
     return gap
 
 

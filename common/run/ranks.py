@@ -9,6 +9,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from common.run.files import check
+
 
 def cores():
     """How many cores this process may use."""
@@ -26,6 +28,7 @@ def setup_ranks(device="auto", seed=0):
     device: "auto", "cpu" or "cuda". Returns: rank, world_size, torch.device."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    check(device != "cuda" or torch.cuda.is_available(), "device = cuda: no GPU here; use cpu")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)

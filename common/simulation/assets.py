@@ -3,18 +3,22 @@
   scripts/draw_tables.py, and the robot is the real WidowX with boxes in place of its meshes.
 - bridge: the published files, which scripts/fetch_assets.py downloads, under MS_ASSET_DIR/data."""
 
-import json
 import os
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import sapien
 from PIL import Image
 from sapien.physx import PhysxMaterial
 from sapien.render import RenderMaterial
+
+from common.run.files import check, naming, read_json
 
 FRICTION = (1.0, 1.0, 0.0)  # static, dynamic, restitution of objects and receptacles
 FOLDER = Path(__file__).parent
@@ -28,43 +32,31 @@ class Body:
     bbox_max: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class AssetPack:
-    name: str
     robot_urdf: str
     objects: list[Body]  # 25
     plates: list[Body]  # 17
     mixes: list[float]  # 21 weights of the textures: 0 for the first, else 1
     add_body: Callable  # (builder, "object" or "plate", index): its shapes, on an actor builder
     build_table: Callable  # (builder): the same, top at z = 0.870 m, and its pose
-    read_photo: Callable  # (index) -> (H, W, 3) uint8
-    read_texture: Callable
-
-    def background(self, index, width, height):
-        """Table `index` without robot and objects: (height, width, 3) uint8, read-only."""
-        return _resized(self.read_photo, int(index), width, height)
-
-    def texture(self, index, width, height):
-        """Noise texture `index`: (height, width, 3) uint8, read-only."""
-        return _resized(self.read_texture, int(index), width, height)
+    background: Callable  # (index, width, height): `_picture` of a table, no robot, no objects
+    texture: Callable  # the same of noise
 
 
 @lru_cache(maxsize=256)
-def _resized(read, index, width, height):
-    image = read(index)
-    if image.shape[:2] != (height, width):
-        image = np.array(Image.fromarray(image).resize((width, height), Image.BILINEAR))
+def _picture(read, index, width, height):
+    """(height, width, 3) uint8, read-only."""
+    image = np.array(read(index).resize((width, height), Image.BILINEAR))
     image.setflags(write=False)
     return image
 
 
 def load_pack(name):
-    """The pack "primitive" or "bridge"; ValueError: another name; FileNotFoundError: no files."""
-    if name == "primitive":
-        return _primitive_pack()
-    if name == "bridge":
-        return _bridge_pack(Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser())
-    raise ValueError(f"assets = {name!r} is no pack; use primitive (embedded) or bridge")
+    """The pack "primitive" or "bridge"; ValueError: another name, or files that are not whole."""
+    check(name in ("primitive", "bridge"), f"assets = {name!r}: use primitive or bridge")
+    root = Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser()
+    return _primitive_pack() if name == "primitive" else _bridge_pack(root)
 
 
 # --- primitive ---
@@ -76,7 +68,7 @@ def load_pack(name):
 #   length over all); centre; colour; yaw in degrees.
 @cache
 def _primitive_pack():
-    rows = json.loads((FOLDER / "primitive_pack.json").read_text())
+    rows = read_json(FOLDER / "primitive_pack.json")
 
     def add_body(builder, kind, index):
         _, density, solid, seen = rows[f"{kind}s"][index]
@@ -102,14 +94,14 @@ def _primitive_pack():
 
     def reader(file):  # of a sheet with 3 rows of 7 pictures
         sheet = np.array(Image.open(FOLDER / file)).reshape(3, 120, 7, 160, 3)
-        return lambda index: sheet[index // 7, :, index % 7].copy()
+        return partial(_picture, lambda index: Image.fromarray(sheet[index // 7, :, index % 7]))
 
     urdf = str(FOLDER / "primitive_widowx.urdf")
     mixes = [0.0] + [1.0] * 20
     objects = [body(*row) for row in rows["objects"]]
     plates = [body(*row) for row in rows["plates"]]
     pictures = reader("primitive_tables.png"), reader("primitive_textures.png")
-    return AssetPack("primitive", urdf, objects, plates, mixes, add_body, build_table, *pictures)
+    return AssetPack(urdf, objects, plates, mixes, add_body, build_table, *pictures)
 
 
 def _part(shape, size, at=(0, 0, 0), color=None, yaw=0):
@@ -131,46 +123,65 @@ def _part(shape, size, at=(0, 0, 0), color=None, yaw=0):
 
 
 # --- bridge ---
+FILES_IN = re.compile(rb'(?:filename="|<init_from>|\nmtllib |\nmap_Kd )([^"<\r\n]+\.\w+)')
+
+
+def check_whole(path):
+    """An error unless the file has the form of its kind. What SAPIEN cannot read it may leave out
+    with only a log line, and a mesh that was cut is a smaller one to it."""
+    data, kind, whole = path.read_bytes(), path.suffix, True
+    if kind == ".png":
+        Image.open(path).verify()  # checksums, 25 times as fast as a load
+    elif kind in (".urdf", ".srdf", ".dae"):
+        ElementTree.fromstring(data)
+    elif kind == ".glb":
+        whole = int.from_bytes(data[8:12], "little") == len(data)
+    elif kind == ".stl":
+        binary = 84 + 50 * int.from_bytes(data[80:84], "little")
+        whole = binary == len(data) or b"endsolid" in data[-99:]
+    elif kind == ".obj":  # all published meshes use each of their vertices
+        corners = set(re.findall(rb" (\d+)", b"".join(re.findall(rb"\nf( .*)", data))))
+        vertices = set(range(1, (b"\n" + data).count(b"\nv ") + 1))
+        whole = vertices and set(map(int, corners)) == vertices and data.endswith(b"\n")
+    check(whole and data[:7] not in (b"", b"version"), f"no whole {kind}: {len(data)} bytes")
+
+
 @cache
 def _bridge_pack(root):
-    def require(path):
-        if not path.exists():
-            raise FileNotFoundError(
-                f"the published assets need {path}, which does not exist. Run `python "
-                f"scripts/fetch_assets.py --dir {root}` and set MS_ASSET_DIR={root}"
-            )
-        return path
+    fix = f"run `python scripts/fetch_assets.py --dir {shlex.quote(str(root))}`, set MS_ASSET_DIR"
 
-    def folder_and_rows(name):
-        folder = root / "data/rl4vla" / name
-        return folder, json.loads(require(folder / "model_db.json").read_text())
+    def need(path, links=False):
+        """The path of a whole file; with links=True those that it names are whole too."""
+        with naming(path, fix):
+            check_whole(path)
+        names = FILES_IN.findall(path.read_bytes()) if links and path.suffix != ".glb" else []
+        for name in names:
+            need(path.parent / name.decode(), links)
+        return str(path)
 
-    def visual(mesh):
-        paths = [mesh.with_name(f"textured.{ending}") for ending in ("obj", "dae", "glb")]
-        found = [path for path in paths if path.exists()]
-        return str(found[0] if found else require(paths[0]))
-
-    urdf = str(require(root / "data/robots/widowx/wx250s.urdf"))
-    stage = root / "data/tasks/bridge_v2_real2sim_dataset/stages/bridge_table_1_v1.glb"
-    stage = str(require(stage))
-    bodies, meshes, visuals = {}, {}, {}
+    urdf = need(root / "data/robots/widowx/wx250s.urdf", links=True)
+    need(root / "data/robots/widowx/wx250s.srdf")  # which links may not collide
+    stage = need(root / "data/tasks/bridge_v2_real2sim_dataset/stages/bridge_table_1_v1.glb")
+    bodies, files = {"object": [], "plate": []}, {"object": [], "plate": []}
     for kind, name in (("object", "more_carrot"), ("plate", "more_plate")):
-        folder, rows = folder_and_rows(name)
-        meshes[kind] = [require(folder / key / "collision.obj") for key in rows]
-        visuals[kind] = [visual(mesh) for mesh in meshes[kind]]
-        bodies[kind] = []
-        for row in rows.values():
+        folder = root / "data/rl4vla" / name
+        for key, row in read_json(folder / "model_db.json", fix).items():
+            visuals = [folder / key / f"textured.{ending}" for ending in ("obj", "dae", "glb")]
+            visual = need(next(filter(Path.exists, visuals), visuals[0]), links=True)
+            files[kind].append((need(folder / key / "collision.obj"), visual))
             low, high = np.array(row["bbox"]["min"]), np.array(row["bbox"]["max"])
             bodies[kind].append(Body(row["name"], row["density"], low, high))
-    folder, tables = folder_and_rows("more_table")
-    photos = [require(folder / "imgs" / key) for key in tables]
-    textures = [require(folder / "textures" / row["texture"]) for row in tables.values()]
+    folder = root / "data/rl4vla/more_table"
+    tables = read_json(folder / "model_db.json", fix)
+    photos = [need(folder / "imgs" / key) for key in tables]
+    textures = [need(folder / "textures" / row["texture"]) for row in tables.values()]
 
     def add_body(builder, kind, index):
         # As published, every component of collision.obj is one convex hull
         surface = dict(material=PhysxMaterial(*FRICTION), density=bodies[kind][index].density)
-        builder.add_multiple_convex_collisions_from_file(str(meshes[kind][index]), **surface)
-        builder.add_visual_from_file(visuals[kind][index])
+        mesh, visual = files[kind][index]
+        builder.add_multiple_convex_collisions_from_file(mesh, **surface)
+        builder.add_visual_from_file(visual)
 
     def build_table(builder):
         upright = sapien.Pose(q=[0.707, 0.707, 0, 0])  # three digits, as published
@@ -179,8 +190,8 @@ def _bridge_pack(root):
         builder.initial_pose = sapien.Pose([2.0634, 2.8313, 0.0])
 
     def reader(paths):  # as published, an alpha channel is dropped, not blended
-        return lambda index: np.array(Image.open(paths[index]).convert("RGBA"))[..., :3].copy()
+        return partial(_picture, lambda index: Image.open(paths[index]).convert("RGB"))
 
     mixes = [float(row["mix"]) for row in tables.values()]
     functions = add_body, build_table, reader(photos), reader(textures)
-    return AssetPack("bridge", urdf, bodies["object"], bodies["plate"], mixes, *functions)
+    return AssetPack(urdf, bodies["object"], bodies["plate"], mixes, *functions)

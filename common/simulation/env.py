@@ -12,9 +12,9 @@ import sapien
 import torch
 from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.utils.structs import Pose
-from mani_skill.utils.structs.types import GPUMemoryConfig, SceneConfig, SimConfig
 from mani_skill.utils.wrappers import CPUGymWrapper
 
+from common.run.files import check
 from common.simulation.assets import load_pack
 from common.simulation.robot import INITIAL_QPOS, WidowX, quat_to_matrix
 from common.simulation.tasks import OBJECTS, composite, decode, instruction, num_configurations
@@ -31,7 +31,7 @@ SCENES = {  # what moves together: the embedded scene, and the study's own
 CONTROL_FREQ = 5  # Hz: a control step is 0.2 s
 CAMERA = "3rd_view_camera"
 BASE_POSE = ((0.147, 0.028, 0.870), (0.0, 0.0, 0.0, 1.0))  # the arm faces -x
-HOIST_M = 1.0  # the arm waits this far above the table while the objects settle
+TABLE_M, HOIST_M = 0.87, 1.0  # the table's top; so far above it the arm waits while objects settle
 SETTLE_SUBSTEPS, MOVE_SUBSTEPS = 650, 50  # of 2 ms, as published
 GRASP_FORCE_N, GRASP_ANGLE_DEG, HELD_STEPS = 0.5, 85.0, 5
 XY_MARGIN_M, Z_MARGIN_M, CONTACT_FORCE_N = 0.01, 0.05, 0.03
@@ -42,8 +42,7 @@ gymnasium.register(ENV_ID, "common.simulation.env:make_gym")
 
 def check_scene(task, split, scene):
     """ValueError or FileNotFoundError with value, rule and fix; it costs milliseconds."""
-    if scene not in SCENES:
-        raise ValueError(f"scene = {scene!r} is not known; use one of {', '.join(SCENES)}")
+    check(scene in SCENES, f"scene = {scene!r} is not known; use one of {', '.join(SCENES)}")
     num_configurations(task, split, SCENES[scene]["fidelity"])
     load_pack(SCENES[scene]["assets"])
 
@@ -60,21 +59,21 @@ class PutOnReceptacleEnv(BaseEnv):
     SUPPORTED_REWARD_MODES = ("dense", "none")
     SUPPORTED_OBS_MODES = ("rgb+segmentation",)
 
-    def __init__(
-        self, *args, task="main", split="train", assets="primitive", image_size=(160, 120),
-        sim_freq=250, solver_iterations=4, max_episode_steps=40, fidelity="fixed",
-        shader_pack="minimal", **kwargs):  # fmt: skip
-        assert image_size[0] * 3 == image_size[1] * 4, f"image_size = {image_size} must be 4:3"
+    def __init__(self, *args, task="main", split="train", **settings):
+        row = {key: settings.pop(key, default) for key, default in SCENES["small"].items()}
+        size, sim_freq = tuple(row["image_size"]), row["sim_freq"]
+        assert size[0] * 3 == size[1] * 4, f"image_size = {size} must be 4:3"
         assert sim_freq % CONTROL_FREQ == 0, f"sim_freq = {sim_freq} is no multiple of 5 Hz"
-        self.pack = load_pack(assets)
-        self.image_size = tuple(image_size)
-        self.fidelity = fidelity
-        self.max_episode_steps = max_episode_steps
-        self.physics = dict(sim_freq=sim_freq, control_freq=CONTROL_FREQ)
-        self.physics["scene_config"] = SceneConfig(solver_position_iterations=solver_iterations)
+        self.pack, self.image_size = load_pack(row["assets"]), size
+        self.fidelity, self.max_episode_steps = row["fidelity"], row["max_episode_steps"]
         self.set_task(task, split)
-        files = dict(urdf_path=self.pack.robot_urdf, image_size=image_size, shader_pack=shader_pack)
-        super().__init__(*args, robot_uids=type("PackWidowX", (WidowX,), files), **kwargs)
+        look = dict(image_size=size, shader_pack=row["shader_pack"])
+        robot = type("PackWidowX", (WidowX,), dict(look, urdf_path=self.pack.robot_urdf))
+        physics = dict(sim_freq=sim_freq, control_freq=CONTROL_FREQ, spacing=20)
+        physics["scene_config"] = {"solver_position_iterations": row["solver_iterations"]}
+        # PhysX's own size: with ManiSkill's 4 MB contacts may be lost, with only a log line
+        physics["gpu_memory_config"] = {"collision_stack_size": 64 * 2**20}
+        super().__init__(*args, robot_uids=robot, sim_config=physics, **settings)
 
     def set_task(self, task, split):
         """Draw the next episodes from another task of the same pack."""
@@ -82,12 +81,6 @@ class PutOnReceptacleEnv(BaseEnv):
         self.task, self.split = task, split
 
     # --- scene ---
-    @property
-    def _default_sim_config(self):
-        # PhysX's own size: with ManiSkill's 4 MB contacts may be lost, with only a log line
-        memory = GPUMemoryConfig(collision_stack_size=64 * 2**20)
-        return SimConfig(**self.physics, gpu_memory_config=memory, spacing=20)
-
     def _load_agent(self, options):
         super()._load_agent(options, sapien.Pose(*BASE_POSE))
         for link in self.agent.robot.links:
@@ -205,15 +198,13 @@ class PutOnReceptacleEnv(BaseEnv):
             self.scene._gpu_fetch_all()
 
     def _load_images(self):
-        """Table photos (B, H, W, 3), and for tasks with textures these and their weights (B,)."""
+        """Table photos and textures (B, H, W, 3), and the weights (B,) of the textures."""
         e, pack, size = self.episodes, self.pack, self.image_size
         photos = np.stack([pack.background(int(k), *size) for k in e.table])
+        textures = np.stack([pack.texture(int(k), *size) for k in e.texture])
         self.backgrounds = torch.as_tensor(photos, device=self.device)
-        self.textures, self.mix = None, torch.zeros(self.num_envs, device=self.device)
-        if e.composite != "plain":
-            textures = np.stack([pack.texture(int(k), *size) for k in e.texture])
-            self.textures = torch.as_tensor(textures, device=self.device)
-            self.mix = torch.tensor([pack.mixes[int(k)] for k in e.texture], device=self.device)
+        self.textures = torch.as_tensor(textures, device=self.device)
+        self.mix = torch.tensor([pack.mixes[int(k)] for k in e.texture], device=self.device)
 
     # --- state of the bodies in play ---
     def _for_selected(self, which, function):
@@ -236,6 +227,9 @@ class PutOnReceptacleEnv(BaseEnv):
         for which, bodies in (("object", self.pack.objects), ("plate", self.pack.plates)):
             chosen = [bodies[k] for k in getattr(self.episodes, which)]
             self.boxes[which] = np.array([(body.bbox_min, body.bbox_max) for body in chosen])
+            height, names = self._pose(which)[:, 2].min().item(), [body.name for body in chosen]
+            why = f"a {which} of {names} fell to z = {height:.2f} m; is its collision mesh whole?"
+            check(height > TABLE_M - 0.1, why)
             half = (self.boxes[which][:, 1] - self.boxes[which][:, 0]) / 2
             rotation = quat_to_matrix(self._pose(which)[:, 3:].cpu().numpy())
             self.half[which] = (np.abs(rotation) @ half[:, :, None])[:, :, 0]
@@ -309,9 +303,7 @@ class PutOnReceptacleEnv(BaseEnv):
             if not keep_velocity:
                 actor.set_linear_velocity(torch.where(chosen, 0.0, actor.linear_velocity))
                 actor.set_angular_velocity(torch.where(chosen, 0.0, actor.angular_velocity))
-        if self.gpu_sim_enabled:
-            self.scene._gpu_apply_all()
-            self.scene._gpu_fetch_all()
+        self._simulate(0)
 
     def evaluate(self):
         """ManiSkill's success test, once per control step: forces are of the last substep."""

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 
+from common.run.files import check
 from common.simulation.tasks import num_configurations, scene_numbers
 
 HELD_OUT = 64  # one scene in 64 is for evaluation only
@@ -28,8 +29,7 @@ def evaluation_ids(task, split, num_episodes, seed=0, fidelity="fixed"):
     ids = rng.permutation(total) if total <= 2**20 else rng.integers(total, size=2**20)
     ids = ids[held_out(task, split, ids, fidelity)]
     ids = ids[np.sort(np.unique(ids, return_index=True)[1])]
-    if len(ids) == 0:
-        raise ValueError(f"{task} ({split}): none of {total} scenes is held out; use a larger task")
+    check(len(ids), f"{task} ({split}): none of {total} scenes is held out; use a larger task")
     return np.resize(ids, num_episodes).astype(np.int64)
 
 

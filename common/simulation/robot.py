@@ -4,11 +4,11 @@ import numpy as np
 import sapien
 import torch
 from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval import base_env
+from scipy.spatial.transform import Rotation
 from transforms3d.euler import euler2quat
 from transforms3d.quaternions import qmult
 
-# Radians of waist, shoulder, elbow, forearm, wrist angle, wrist; metres of the two fingers
-INITIAL_QPOS = (
+INITIAL_QPOS = (  # radians of waist, shoulder, elbow, forearm, wrist angle, wrist; m of fingers
     -0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398, 0.037, 0.037,
 )  # fmt: skip
 
@@ -55,8 +55,7 @@ class WidowX(base_env.WidowX250SBridgeDatasetFlatTable):
             kinematics.end_link_idx, goal, robot.qpos, kinematics.qmask, max_iterations=100
         )
         arm_qpos = (qpos if success else robot.qpos)[:6]
-        low, high = gripper.config.lower, gripper.config.upper
-        finger = low + (np.clip(action[6], -1.0, 1.0) + 1.0) / 2.0 * (high - low)
+        finger = np.interp(action[6], (-1, 1), (gripper.config.lower, gripper.config.upper))
         for joint, value in zip(robot.active_joints, (*arm_qpos, finger, finger), strict=True):
             joint.set_drive_target(float(value))
 
@@ -75,11 +74,5 @@ class WidowX(base_env.WidowX250SBridgeDatasetFlatTable):
 
 
 def quat_to_matrix(q):
-    """Rotation matrices (N, 3, 3) of quaternions (N, 4) wxyz, of their float type."""
-    w, x, y, z = (q / np.linalg.norm(q, axis=1, keepdims=True)).T
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]
-    return np.moveaxis(np.array(rows), 2, 0)
+    """Rotation matrices (N, 3, 3) float64 of quaternions (N, 4) wxyz."""
+    return Rotation.from_quat(q[:, [1, 2, 3, 0]]).as_matrix()

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common.run.files import check
+
 # --- the table ---
 SPLITS = ("train", "test")  # the order of all pairs
 FIRST, SEEN, PLATES = (range(1), range(1)), (range(16), range(16)), (range(1), range(1, 17))
@@ -70,8 +72,7 @@ TASKS = (
     Task("position_change", "PositionChangeTo-v1", positions=("TC", "TC"), move_at=(None, 5)),
 )  # fmt: skip
 TASKS = {row.name: row for row in TASKS}
-# Columns that differ with fidelity="published"
-PUBLISHED = {
+PUBLISHED = {  # columns that differ with fidelity="published"
     "multi_plate": dict(tables=(range(21), range(21))),
     "instruct": dict(extras=(range(1), range(1, 17))),
 }
@@ -175,24 +176,18 @@ class Episodes:
     move_at: int | None
 
 
-def _check(what, value, known):
-    if value not in known:
-        raise ValueError(f"{what} = {value!r} is not known; use one of {', '.join(known)}")
-
-
 def get_task(name, fidelity="fixed"):
     """A row of the table; ValueError for an unknown name or fidelity."""
-    _check("task", name, TASKS)
-    _check("fidelity", fidelity, ("fixed", "published"))
-    if fidelity == "published":
-        return replace(TASKS[name], **PUBLISHED.get(name, {}))
-    return TASKS[name]
+    check(name in TASKS, f"task = {name!r} is not known; use one of {', '.join(TASKS)}")
+    check(fidelity in ("fixed", "published"), f"fidelity = {fidelity!r} is not known; use fixed")
+    columns = PUBLISHED.get(name, {}) if fidelity == "published" else {}
+    return replace(TASKS[name], **columns)
 
 
 @cache
 def _digits(task, split):
     """Digit -> the values it chooses from, most significant digit first."""
-    _check("split", split, SPLITS)
+    check(split in SPLITS, f"split = {split!r} is not known; use one of {', '.join(SPLITS)}")
     values = {}
     for name in task.digits:
         choice = getattr(task, name + "s")[SPLITS.index(split)]
@@ -220,8 +215,8 @@ def scene_numbers(task, split, episode_ids, fidelity="fixed"):
 def decode(task, split, episode_ids, fidelity="fixed"):
     """`Episodes` of ids (N,), integers >= 0 (else ValueError), modulo num_configurations."""
     row, ids = get_task(task, fidelity), np.asarray(episode_ids)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids < 0).any():
-        raise ValueError(f"episode_ids = {episode_ids!r} must be a 1-d array of integers >= 0")
+    right = ids.ndim == 1 and ids.dtype.kind in "iu" and (ids >= 0).all()
+    check(right, f"episode_ids = {episode_ids!r} must be a 1-d array of integers >= 0")
     digits, rest, chosen = _digits(row, split), ids, {}
     for name in reversed(row.digits):
         rest, digit = np.divmod(rest, len(digits[name]))

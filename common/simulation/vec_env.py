@@ -11,7 +11,9 @@ from contextlib import suppress
 from multiprocessing.connection import wait
 
 import numpy as np
+import torch
 
+from common.run.files import check
 from common.run.ranks import cores_per_rank
 from common.simulation.env import CAMERA, SCENES, STATE_SIZE, check_scene, make_env
 
@@ -29,11 +31,9 @@ def make_envs(
     reset_after_success: an episode ends when success has lasted so many steps; 0 = never.
     state: infos["state"] has what a critic may see of the simulator."""
     check_scene(task, split, scene)
-    if num_envs < 1:
-        raise ValueError(f"num_envs = {num_envs} must be >= 1; use 64")
-    if sim_device == "cuda" and reset_after_success:
-        why = "on a GPU all episodes end together; use 0, or --sim-device cpu"
-        raise ValueError(f"reset_after_success = {reset_after_success}: {why}")
+    check(num_envs >= 1, f"num_envs = {num_envs} must be >= 1; use 64")
+    why = f"reset_after_success = {reset_after_success}: on a GPU all episodes end together; use 0"
+    check(sim_device == "cpu" or not reset_after_success, why)
     make = GpuEnvs if sim_device == "cuda" else CpuEnvs
     return make(num_envs, dict(SCENES[scene], task=task, split=split), reset_after_success, state)
 
@@ -65,10 +65,10 @@ class VectorEnv:
         self.scalars = {name: np.zeros(num_envs, np.float32) for name in SCALARS}
 
     def reset(self, streams, whole_episodes=False):
-        if len(streams) != self.num_envs:
-            raise ValueError(f"{len(streams)} streams of episode ids, not {self.num_envs}")
+        check(len(streams) == self.num_envs, f"{len(streams)} streams of ids, not {self.num_envs}")
         self.streams = streams
-        self.whole_episodes = whole_episodes
+        never = whole_episodes or not self.reset_after_success
+        self.most_success_steps = np.inf if never else self.reset_after_success
         self.active = np.ones(self.num_envs, bool)
         self.ids = np.zeros(self.num_envs, np.int64)
         self.returns = np.zeros(self.num_envs, np.float32)
@@ -78,8 +78,8 @@ class VectorEnv:
 
     def step(self, actions):
         actions = np.asarray(actions, np.float32).copy()
-        if actions.shape != (self.num_envs, 7):
-            raise ValueError(f"actions are {actions.shape}, they must be ({self.num_envs}, 7)")
+        right = actions.shape == (self.num_envs, 7)
+        check(right, f"actions are {actions.shape}, they must be ({self.num_envs}, 7)")
         # The published policy-side decode of the gripper: 1 opens, -1 closes
         actions[:, 6] = np.where(actions[:, 6] > 0.5, 1.0, -1.0)
         self._simulate(actions)
@@ -89,9 +89,7 @@ class VectorEnv:
         self.returns += now["reward"]
         self.success_steps = np.where(success, self.success_steps + 1, 0)
         truncated = self.active & (now["elapsed_steps"] >= self.max_episode_steps)
-        never = self.whole_episodes or not self.reset_after_success
-        lasted = self.success_steps >= (np.inf if never else self.reset_after_success)
-        terminated = self.active & lasted
+        terminated = self.active & (self.success_steps >= self.most_success_steps)
         ended = np.flatnonzero(terminated | truncated)
         episode = {"env": ended, "id": self.ids[ended], "return": self.returns[ended]}
         episode["length"] = now["elapsed_steps"][ended].astype(np.int64)
@@ -213,8 +211,6 @@ def _send(pipe, message):
 def _worker(pipe, memory, shape, numbers, settings, with_state):
     """Process main: owns some environments; answers ("ok", result) or ("error", traceback)."""
     os.environ.setdefault("LP_NUM_THREADS", "0")  # software Vulkan: no threads of its own
-    import torch
-
     torch.set_num_threads(1)
     images = np.frombuffer(memory, np.uint8).reshape(shape)
 
@@ -256,8 +252,6 @@ class GpuEnvs(VectorEnv):
 
     def __init__(self, num_envs, settings, reset_after_success, state):
         super().__init__(num_envs, settings, reset_after_success, state)
-        import torch
-
         # Of torchrun's ranks: the GPU that `setup_ranks` gives the model
         gpu = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
         self.env = make_env(num_envs, f"physx_cuda:{gpu}", f"gpu:{gpu}", **settings)
