@@ -83,7 +83,8 @@ def test_what_a_machine_lacks(begin, monkeypatch, capsys, tmp_path):  # noqa: F8
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused("device = cuda", ranks.setup_ranks, "cuda")
     monkeypatch.setattr(eval_ood, "make_envs", lambda *_, **__: pytest.fail("too late"))
-    refused(".lock/results", eval_ood.main, eval_ood.Args(policy=("zero",), output="runs/x y/.lock"))
+    nothing = eval_ood.Args(policy=("zero",), output="runs/x y/.lock")
+    refused(".lock/results", eval_ood.main, nothing)
     monkeypatch.setenv("PATH", "")
     assert machine()["commit"] == "unknown" and short_names(["."]) == [tmp_path.name]
 
