@@ -1,16 +1,11 @@
-"""What a run shows: videos and curve.png.
-
-`python scripts/pictures.py runs/NAME [METRIC ...]` draws the curve of a run that has not ended.
-"""
+"""What a run shows: videos and curve.png."""
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.run.files import naming
@@ -18,11 +13,13 @@ from common.run.files import naming
 
 def draw_curves(run_dir, *keys):
     """curve.png: these metrics of metrics.jsonl over the steps."""
+    from matplotlib.figure import Figure  # here, since it is slow to import
+
     lines = Path(run_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="steps")
-    for key in keys or ("train/success_at_end", "eval/success_at_end"):
+    for key in keys:
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=key)
@@ -47,7 +44,3 @@ def write_video(path, frames, instruction, fps=5):
             draw.text((8, 4), instruction, fill="white", font=font)
             writer.append_data(np.asarray(picture))
     os.replace(temporary, path)
-
-
-if __name__ == "__main__":
-    draw_curves(*sys.argv[1:])

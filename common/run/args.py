@@ -73,8 +73,9 @@ def parse_args(args_class, presets, argv=None):
     if chosen.resume:
         default = saved_args(args_class, Path(chosen.resume) / "args.json")
     args = tyro.cli(tyro.conf.OmitArgPrefixes[args_class], default=default, args=argv)
+    was, now = flat(default), flat(args)
     for name in FIXED if chosen.resume else ():
-        old, new = flat(default).get(name), flat(args).get(name)
+        old, new = was.get(name), now.get(name)
         check(old == new, f"{name} = {new!r}: --resume must not change {old!r}; start anew")
     return args
 

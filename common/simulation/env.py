@@ -201,9 +201,10 @@ class PutOnReceptacleEnv(BaseEnv):
         """Table photos and textures (B, H, W, 3), and the weights (B,) of the textures."""
         e, pack, size = self.episodes, self.pack, self.image_size
         photos = np.stack([pack.background(int(k), *size) for k in e.table])
-        textures = np.stack([pack.texture(int(k), *size) for k in e.texture])
-        self.backgrounds = torch.as_tensor(photos, device=self.device)
-        self.textures = torch.as_tensor(textures, device=self.device)
+        self.backgrounds = self.textures = torch.as_tensor(photos, device=self.device)
+        if e.composite != "plain":
+            textures = np.stack([pack.texture(int(k), *size) for k in e.texture])
+            self.textures = torch.as_tensor(textures, device=self.device)
         self.mix = torch.tensor([pack.mixes[int(k)] for k in e.texture], device=self.device)
 
     # --- state of the bodies in play ---
