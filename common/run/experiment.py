@@ -117,8 +117,8 @@ class Experiment:
             self.wandb = wandb.init(project="cleanvla", resume="allow", config=config, **name)
         stop_on_signals(shlex.join(["python", sys.argv[0], "--resume", str(self.run_dir)]))
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
-        print(f"{self.run_dir} | {self.args.model} on {self.model.device}")
-        print(f"trains {trained:.2f} M weights of the policy; {self.args.scene}", flush=True)
+        print(f"{self.run_dir} | {self.args.model.model} on {self.model.device}; {self.args.scene}")
+        print(f"trains {trained:.2f} M weights; matmuls in {self.args.model.dtype}", flush=True)
 
     def due(self, iteration):
         """Whether this iteration ends with an evaluation."""
