@@ -32,7 +32,7 @@ def training_flags(model):
     model: directory, hub id, or "" for none.
     """
     flags = {"scene": None, "sim_device": "cpu", "dtype": "float32", "unnorm_key": ""}
-    if not model or "stem" in locate(model).config:
+    if not model or locate(model).config.get("stem"):
         flags["scene"] = "small"
     path = Path(model, "args.json")
     if path.is_file():

@@ -118,8 +118,7 @@ def test_thresholds_of_success_and_grasp():
 
 
 def test_controllers(env, monkeypatch):
-    """Stops the numpy controller from drifting away from ManiSkill's drive targets, and a GPU's
-    solver of one step that misses what the CPU's reaches, or sweeps beyond reach."""
+    """Stops a numpy controller unlike ManiSkill's, a GPU's solver that misses or sweeps."""
     first = [0.02, -0.01, -0.03, 0.02, -0.03, 0.2, 1.0]
     maniskills = super(type(env.agent).__mro__[1], env.agent).set_action
     targets = []
@@ -161,8 +160,7 @@ def test_controllers(env, monkeypatch):
 
 
 def test_tasks_are_what_they_say(env):
-    """Stops a row that is data only on paper: pictures, third body, instruction, start pose; and
-    idle bodies from costing physics: robot, table, object and plate, nothing else."""
+    """Stops pictures, bodies, words and poses on paper only, and idle bodies that cost physics."""
 
     def task(name, split, episode_id):
         env.set_task(name, split)

@@ -1,7 +1,9 @@
 """The evaluator: which episodes and settings, results that depend on nothing else, resume."""
 
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 import torch
 import tyro
 from hub_layout import write_reference_checkpoint
+from test_checkpoints import edit_json
 
 import eval_ood
 from common.model.checkpoints import load_vla, save_vla
@@ -39,7 +42,9 @@ def test_training_never_sees_an_evaluation_episode(task):
     evaluated = scenes("carrot", evaluation_ids("carrot", "train", 4000))
     evaluated |= scenes("main", evaluation_ids("main", "train", 4000, seed=1))
     stream = training_episodes(task, np.random.default_rng(0))
-    assert not evaluated & scenes(task, np.array([next(stream) for _ in range(5000)]))
+    trained = np.array([next(stream) for _ in range(5000)])
+    assert not evaluated & scenes(task, trained)
+    assert task != "main" or len(set(trained // 12544)) == 64, "of all 64 parts of the table"
     uniform = np.random.default_rng(0).integers(802_816, size=5000)
     assert evaluated & scenes("main", uniform), "without the rule some would be met"
 
@@ -80,12 +85,9 @@ def model_in(directory, **groups):
 
 
 def test_which_checkpoint_its_name_and_settings(tmp_path, monkeypatch):
-    """Stops an evaluation in another simulation than the training's, with another decoding, of
-    another checkpoint or a user's copy, and two paths of one name."""
-    scene, model = (
-        dict(scene="published", sim_device="cuda"),
-        dict(unnorm_key="x", dtype="bfloat16"),
-    )
+    """Stops another simulation or decoding than training's, a user's copy, paths of one name."""
+    scene = dict(scene="published", sim_device="cuda")
+    model = dict(unnorm_key="x", dtype="bfloat16")
     path = model_in(tmp_path / "a", scene=dict(scene, task="main"), model=model)
     monkeypatch.setattr(eval_ood, "choose_key", lambda *arguments: None)
     flags = dict(scene="small", sim_device="cpu", unnorm_key="y")
@@ -119,6 +121,7 @@ def test_wrong_arguments_are_refused_at_once(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(eval_ood, "make_envs", lambda *a, **k: pytest.fail("simulator started"))
     monkeypatch.setattr(eval_ood, "load_vla", lambda *a, **k: pytest.fail("model loaded"))
     paths = {"WARMUP": str(WARMUP), "OPENVLA": str(write_reference_checkpoint(tmp_path / "a"))}
+    edit_json(tmp_path / "a/config.json", stem=None)  # as save_vla writes it
     paths["OTHER-SCENE"] = model_in(tmp_path / "b", scene={"sim_device": "cuda"})
     *_, value = words = flags.split()
     argv = [paths.get(word, word) for word in words] + ["--output", str(tmp_path / "out")]
@@ -196,8 +199,7 @@ def test_same_results_for_any_num_envs_and_after_a_kill(evaluate, tmp_path, monk
 
 
 def test_checkpoints_of_runs_and_baselines(evaluate, tmp_path):
-    """Stops a checkpoint that does not evaluate without flags, unpaired episodes, a broken measure
-    of success, and an expert that goes on with a finished episode."""
+    """Stops a need for flags, unpaired episodes, a broken measure of success, a tireless expert."""
     runs = [str(tmp_path / "a"), str(tmp_path / "b")]
     for seed, run in enumerate(runs):
         save_vla(load_vla("tiny", seed=seed), f"{run}/best-000003")
@@ -215,7 +217,27 @@ def test_checkpoints_of_runs_and_baselines(evaluate, tmp_path):
         assert row["return"] == pytest.approx(1.2 if k else 0) and row["held"] == (k > 0)
 
 
-PAGE = (WARMUP.parents[1] / "docs/your_policy.md").read_text()
+DOCS = WARMUP.parents[1] / "docs"
+
+
+def test_the_page_s_commands_for_published_checkpoints(evaluate, tmp_path, monkeypatch):
+    """Stops docs/hub.md from being wrong: as it stands, but for a copy in place of a download."""
+    model = write_reference_checkpoint(tmp_path / "model")
+    stats = json.loads((model / "config.json").read_text())["norm_stats"]
+    stats["sft"] = stats["bridge_orig"]
+    (model / "dataset_statistics.json").write_text(json.dumps(stats))
+    *_, download, _, command = re.findall(r"```bash\n(.*?)```", (DOCS / "hub.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    copies = f'mkdir checkpoints; hf() {{ cp -r {model} "$4"; }}; {download}'
+    subprocess.run(["bash", "-ec", copies], check=True)
+    args = tyro.cli(eval_ood.Args, args=shlex.split(command.replace("\\\n", ""))[2:])
+    args.scene = args.scene if "MS_ASSET_DIR" in os.environ else "small"
+    found = evaluate(steps=1, **dict(vars(args), num_episodes=1, tasks="id"))
+    keys = {name: policy["arguments"]["unnorm_key"] for name, policy in found.items()}
+    assert keys == {"warmup": "bridge_orig", "rl": "bridge_orig", "sft_16k": "sft"}
+
+
+PAGE = (DOCS / "your_policy.md").read_text()
 PAGE = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE, re.S))
 RECORDER = """calls = []
 class Recorder:

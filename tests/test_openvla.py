@@ -184,16 +184,6 @@ def test_what_a_rollout_keeps(kind, folder):
     assert model.preprocess(images(3)).shape == kept.shape
 
 
-def test_tiny_sees_the_same_region_at_other_sizes(tiny):
-    """A crop that is not scaled with the camera: 640x480 frames must give nearly the same."""
-    smooth = torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(0)) * 255
-    seen = []
-    for size in ((120, 160), (480, 640)):
-        frame = F.interpolate(smooth, size, mode="bicubic").clamp(0, 255).permute(0, 2, 3, 1)
-        seen.append(tiny.fit_images(frame.to(torch.uint8)).float())
-    assert (seen[0] - seen[1]).abs().max() < 8
-
-
 def test_tiny_vocabulary_knows_the_benchmark(tiny):
     """Two objects with the same <unk> name, which no policy could tell apart."""
     pack, unknown = assets.load_pack("primitive"), tiny.tokenizer.token_to_id("<unk>")
@@ -309,19 +299,16 @@ def test_a_critic_reads_and_trains_what_its_name_says(kind):
     """An ablation of another input than its name, or a critic that trains the policy by itself."""
     model = load_vla("tiny")
     critic = make_critic(kind, model, seed=1)
-    hidden = model.evaluate_actions(images(3), INSTRUCTIONS, torch.arange(21).reshape(3, 7) + 256)[
-        2
-    ]
+    tokens = torch.arange(21).reshape(3, 7) + 256
+    _, _, hidden = model.evaluate_actions(images(3), INSTRUCTIONS, tokens)
     state = torch.randn(3, STATE_SIZE)
     values = critic(images(3), INSTRUCTIONS, hidden, state)
     assert values.shape == (3,) and values.dtype == torch.float32
     values.sum().backward()
     assert all(p.grad is not None for p in trainable_parameters(critic)[-2:])
     assert (model.projector.fc1.weight.grad is not None) == (kind in ("h0", "hn", "concat"))
-    changed = {
-        "state": (images(3), hidden, state + 1),
-        "obs": (images(3)[::-1].copy(), hidden, state),
-    }
+    changed = {"state": (images(3), hidden, state + 1)}
+    changed["obs"] = (images(3)[::-1].copy(), hidden, state)
     for i in range(7):
         changed[i] = (images(3), hidden + F.one_hot(torch.tensor(i), 7)[:, None], state)
     reads = set()
@@ -349,13 +336,8 @@ def test_a_separate_critic_has_its_own_trained_weights(rank):
 def test_first_weights_are_those_of_the_published_results():
     """Runs that start elsewhere than committed ones of their seed, or disturb the random state."""
     before = torch.get_rng_state()
-    first, other = (load_vla("tiny", seed=seed, lora_rank=2).state_dict() for seed in (1, 2))
-    model = load_vla("checkpoints/tiny-warmup")
+    model = load_vla("checkpoints/tiny-warmup", lora_rank=2)
     state, h0 = make_critic("state", model, seed=1), make_critic("h0", model, seed=1)
     assert torch.equal(torch.get_rng_state(), before), "the caller's random state"
-    torch.rand(1)
-    again = load_vla("tiny", seed=1, lora_rank=2).state_dict()
-    assert all(torch.equal(first[key], again[key]) for key in first)
-    assert any(not torch.equal(first[key], other[key]) for key in first)
     assert state.layers[4].weight[0, :2].tolist() == [0.012191571295261383, 0.05755876004695892]
     assert h0.head_l3.weight[0, :2].tolist() == [0.012666321359574795, 0.006461343728005886]

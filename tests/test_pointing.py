@@ -47,9 +47,8 @@ def test_the_arm_s_turn_turns_its_own_axis_and_nothing_else():
     """Stops an axis that is mistaken for the gripper's, and answers in another frame's axes."""
     before, after = (places(state_of(70, q(turn), base=(0.2, 30))) for turn in (50, 65))
     assert np.allclose(before[:10], after[:10], atol=1e-6)
-    angles = [
-        np.rad2deg(np.arctan2(x[1], x[0]) / 2) for x in (before[5:7], before[10:], after[10:])
-    ]
+    axes = (before[5:7], before[10:], after[10:])
+    angles = [np.rad2deg(np.arctan2(x[1], x[0]) / 2) for x in axes]
     assert np.allclose(angles, [70 - 30 - 90, 50 - 30 - 90, 65 - 30 - 90], atol=1e-3)
     c, s = np.cos(np.deg2rad(30)), np.sin(np.deg2rad(30))
     assert np.allclose(answer(after)[:2], [-0.1 * c, 0.1 * s], atol=1e-6)
@@ -66,9 +65,8 @@ def test_place_loss_counts_where_a_thing_is_shown():
         one[0, 1:3, thing] = True
         guess[0, 1:3, numbers] = 0
         assert pretrain.place_loss(guess, right, one) == 0
-        assert pretrain.place_loss(wrong, right, one).item() == pytest.approx(
-            5.0 * len(numbers) / 24
-        )
+        loss = pretrain.place_loss(wrong, right, one).item()
+        assert loss == pytest.approx(5.0 * len(numbers) / 24)
 
 
 def test_spread_labels():
@@ -92,8 +90,7 @@ def paths(tmp_path_factory):
 
 @pytest.mark.long
 def test_answers_are_the_geometry_of_the_scene(paths):
-    """Stops an object that stays in the hand for the next pose, one picture for all poses, and
-    evaluation scenes in the data."""
+    """Stops an object that stays in the hand, one picture for all poses, evaluation scenes."""
     data = load_demos(paths[0])
     answers = data.actions
     assert 24 <= len(answers) <= 32 and np.isfinite(answers).all()
@@ -113,8 +110,7 @@ def test_answers_are_the_geometry_of_the_scene(paths):
 
 @pytest.mark.long
 def test_classes_lie_where_the_model_sees_them(paths):
-    """Stops labels that are shifted, transposed or of another cell than their image token, and a
-    distractor that is labelled as table or as the object that is named."""
+    """Stops labels that are shifted, transposed or of another cell, a distractor that is named."""
     names = [body.name for body in load_pack("primitive").objects]
     for path, num_objects in zip(paths, (1, 2), strict=True):
         data = pretrain.load(path, load_vla("tiny").vision_backbone)

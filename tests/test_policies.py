@@ -64,8 +64,7 @@ def test_chunks_are_played_to_their_end():
     ([{"actions": np.full(7, np.nan)}], ValueError, "nan"), ([{"actions": "x"}], ValueError, "'x'"),
 ])  # fmt: skip
 def test_files_and_servers_that_fail(gives, error, says, monkeypatch, tmp_path):
-    """Stops one action for all episodes, by broadcasting, an evaluation that hangs or plays
-    nonsense, and one that ends without saying which file or server, and why."""
+    """Stops one action for all episodes, hanging, nonsense, and an end without file and reason."""
     with pytest.raises(error, match=f"(?s)(mine.py|ws://127).*{says}"):
         if isinstance(gives, str):
             (tmp_path / "mine.py").write_text(gives)

@@ -26,8 +26,7 @@ def compared(a, b):
 
 
 def test_known_values_of_pairs_within_rows():
-    """Stops another interval, adjustment or test (one-sided, by chi-square, of marginal counts, of
-    too many hypotheses), and a bar beside another task's name, where rows have another order."""
+    """Stops another interval, adjustment or test, and a bar beside another task's name."""
     assert wilson(8, 10) == pytest.approx((0.4901624, 0.9433178), abs=1e-6)
     assert report.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert report.holm([0.9, 0.8]) == pytest.approx([1.0, 1.0]) and len(report.holm([])) == 0

@@ -11,8 +11,7 @@ from scripts.plan import plan
 
 
 def test_doctor_with_and_without_vulkan(monkeypatch, capsys):
-    """Stops a report that passes where no picture can be made, or ends at an optional part, and ten
-    minutes of waiting that end in a bare `ErrorIncompatibleDriver`."""
+    """Stops a report that passes without a picture or ends early, and a bare, late driver error."""
     assert doctor.main() == 0, capsys.readouterr().out
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(doctor.CHECKS)
@@ -27,8 +26,7 @@ def test_doctor_with_and_without_vulkan(monkeypatch, capsys):
 
 
 def test_a_crash_and_a_missing_library_are_answers(monkeypatch, tmp_path):
-    """Stops a driver's segmentation fault from ending the caller, silence taken for success, and
-    several ranks that download PhysX at once, or find it missing after the model is read."""
+    """Stops a driver's crash from ending the caller, silence as success, PhysX that misses late."""
     for probe in ("import os; os.kill(os.getpid(), 11)", "pass"):
         monkeypatch.setattr(renderer, "PROBE", probe)
         with pytest.raises(RuntimeError, match="exit status"):
@@ -42,8 +40,7 @@ def test_a_crash_and_a_missing_library_are_answers(monkeypatch, tmp_path):
 
 
 def test_plans_of_all_scripts():
-    """Stops a plan that is of another model or update than the run (7B numbers are OpenVLA's), a
-    script whose flags are not understood, and a typing error planned as OpenVLA-7B."""
+    """Stops a plan of another model or update than the run's, a typing error planned as 7B."""
     large = plan("ppo_vla", ["--preset", "paper"])
     assert large["million weights"] == "7,607.3, trains 109.1"
     assert large["environment steps"] == "2,001,920, 5,120 per iteration"

@@ -44,8 +44,7 @@ def test_episodes_end_and_the_next_begin_in_the_same_step():
 
 
 def test_actions_and_episodes_of_equal_length():
-    """Stops --reset-after-success 0 from ending episodes, a .3 that opens the gripper, and
-    broadcasting over environments."""
+    """Stops ends by success where none are wanted, a .3 that opens the gripper, broadcasting."""
     envs = ScriptedEnvs(2, {1: (1, 2, 3)})
     envs.reset([iter([1, 2]), iter([2, 1])])
     for step, value in enumerate((0.3, 0.5, 0.51, 1.0, -1.0, 0.0), 1):
@@ -60,18 +59,6 @@ def test_actions_and_episodes_of_equal_length():
         envs.step(np.zeros((1, 7)))
     with pytest.raises(ValueError, match="3"):
         envs.reset([iter([1])] * 3)
-
-
-@pytest.mark.parametrize("flags, named", [
-    (dict(num_envs=0), "0"), (dict(task="no_task"), "no_task"), (dict(split="none"), "none"),
-    (dict(scene="no_scene"), "no_scene"), (dict(scene="published"), "nowhere"),
-    (dict(sim_device="cuda", reset_after_success=5), "reset_after_success = 5"),
-])  # fmt: skip
-def test_bad_input_is_refused(flags, named, monkeypatch):
-    """Stops errors that come after the simulator's start."""
-    monkeypatch.setenv("MS_ASSET_DIR", "nowhere")
-    with pytest.raises((ValueError, FileNotFoundError), match=named):
-        make_envs(**{"num_envs": 2, **flags})
 
 
 ACTIONS = np.random.default_rng(0).uniform(-0.05, 0.05, (len(IDS), STEPS, 7)).astype("float32")
@@ -106,8 +93,7 @@ def both():
 
 
 def test_an_episode_is_a_function_of_its_id(both, monkeypatch):
-    """Stops an episode from depending on the environment, the worker or the episode before it, and
-    from being read from a batched simulation in another way than from workers."""
+    """Stops an episode that depends on environment, worker, predecessor or kind of simulation."""
     # One after another in this process: the batched simulation as a batch of one, on a CPU
     monkeypatch.setattr(vec_env, "make_env", lambda n, sim, render, **kwargs: make_env(n, **kwargs))
     envs = GpuEnvs(1, SETTINGS, 0, True)
@@ -181,3 +167,6 @@ def test_gpu_envs_begin_together_and_leave_out_what_is_exhausted(monkeypatch):
         counted += zip(ended["id"].tolist(), ended["success_at_end"].tolist(), strict=True)
     assert counted == [(1, False), (2, True), (3, False), (4, True), (5, False)]
     assert envs.env.begun[0] == [1, 2, 3] and envs.env.begun[1][:2] == [4, 5]
+    for flags in (dict(num_envs=0), dict(num_envs=2, sim_device="cuda", reset_after_success=5)):
+        with pytest.raises(ValueError, match=f"{[*flags][-1]} = "):
+            make_envs(**flags)
