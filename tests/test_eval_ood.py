@@ -82,10 +82,8 @@ def model_in(directory, **groups):
 def test_which_checkpoint_its_name_and_settings(tmp_path, monkeypatch):
     """Stops an evaluation in another simulation than the training's, with another decoding, of
     another checkpoint or a user's copy, and two paths of one name."""
-    scene, model = (
-        dict(scene="published", sim_device="cuda"),
-        dict(unnorm_key="x", dtype="bfloat16"),
-    )
+    scene = dict(scene="published", sim_device="cuda")
+    model = dict(unnorm_key="x", dtype="bfloat16")
     path = model_in(tmp_path / "a", scene=dict(scene, task="main"), model=model)
     monkeypatch.setattr(eval_ood, "choose_key", lambda *arguments: None)
     flags = dict(scene="small", sim_device="cpu", unnorm_key="y")

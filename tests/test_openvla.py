@@ -309,19 +309,16 @@ def test_a_critic_reads_and_trains_what_its_name_says(kind):
     """An ablation of another input than its name, or a critic that trains the policy by itself."""
     model = load_vla("tiny")
     critic = make_critic(kind, model, seed=1)
-    hidden = model.evaluate_actions(images(3), INSTRUCTIONS, torch.arange(21).reshape(3, 7) + 256)[
-        2
-    ]
+    tokens = torch.arange(21).reshape(3, 7) + 256
+    *_, hidden = model.evaluate_actions(images(3), INSTRUCTIONS, tokens)
     state = torch.randn(3, STATE_SIZE)
     values = critic(images(3), INSTRUCTIONS, hidden, state)
     assert values.shape == (3,) and values.dtype == torch.float32
     values.sum().backward()
     assert all(p.grad is not None for p in trainable_parameters(critic)[-2:])
     assert (model.projector.fc1.weight.grad is not None) == (kind in ("h0", "hn", "concat"))
-    changed = {
-        "state": (images(3), hidden, state + 1),
-        "obs": (images(3)[::-1].copy(), hidden, state),
-    }
+    changed = {"state": (images(3), hidden, state + 1)}
+    changed["obs"] = (images(3)[::-1].copy(), hidden, state)
     for i in range(7):
         changed[i] = (images(3), hidden + F.one_hot(torch.tensor(i), 7)[:, None], state)
     reads = set()

@@ -153,25 +153,6 @@ def test_whole_blends_a_window_that_follows_the_foreground(ratio, want):
     assert composite_row(*without, "whole", 1.0) == [20, 60, 100, 140]  # the corner is at least 1
 
 
-@pytest.mark.parametrize("mode", ["plain", "texture", "whole"])
-@pytest.mark.parametrize("size", [(120, 160), (5, 7), (1, 1)])
-def test_any_image_size_and_batch_order(size, mode):
-    """Stops images that depend on their neighbours, and boxes that leave the image."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (3, 3, *size, 3), generator=generator, dtype=torch.uint8)
-    rgb, background, texture = images
-    mask = torch.rand((3, *size), generator=generator) < 0.3
-    mask[1] = False
-    mask[2] = True
-    args = rgb, mask, background, texture, torch.tensor([1.0, 1.0, 0.5])
-    image = composite(*args, mode, 0.5)
-    assert image.shape == rgb.shape and image.dtype == torch.uint8
-    for order in ([2, 0, 1], [1]):
-        assert torch.equal(composite(*(x[order] for x in args), mode, 0.5), image[order])
-    if mode != "whole":
-        assert torch.equal(image[~mask], background[~mask])
-
-
 def test_bad_input_is_refused():
     """Stops a typing error that becomes a default, ids that wrap, and images that are broadcast."""
     for where in (("mian", "train"), ("main", "val"), ("main", "train", "exact")):

@@ -1,0 +1,37 @@
+"""The site of `make docs` in a browser; needs the extra `docs` and Chromium."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BROKEN = "[...document.images].filter(image => !image.naturalWidth).map(image => image.src)"
+
+
+@pytest.mark.long
+def test_every_page_in_a_browser(tmp_path):
+    """Stops dead links, missing pictures, requests elsewhere, and pages wider than a telephone."""
+    api, faults = pytest.importorskip("playwright.sync_api"), []
+    build = f"-m mkdocs build --strict --site-dir {tmp_path}"
+    subprocess.run([sys.executable, *build.split()], cwd=ROOT, check=True)
+
+    def answer(route):
+        path = tmp_path / route.request.url.removeprefix("http://site/")
+        if path.is_file():
+            return route.fulfill(path=path)
+        faults.append(route.request.url)
+        route.abort()
+
+    with api.sync_playwright() as p:
+        page = p.chromium.launch(executable_path=shutil.which("chromium")).new_page()
+        page.route("**", answer)
+        page.on("console", lambda message: faults.append(message.text))
+        for index in tmp_path.rglob("index.html"):
+            page.goto(f"http://site/{index.relative_to(tmp_path)}")
+            for width in (390, 1400):
+                page.set_viewport_size({"width": width, "height": 900})
+                wide = page.evaluate("document.documentElement.scrollWidth") - width
+                assert (wide, page.evaluate(BROKEN), faults) == (0, [], []), (index, width)
