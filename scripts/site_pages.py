@@ -17,7 +17,7 @@ from scripts.report import outcomes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
-SHOWN = ("*.md", "LICENSE", "CITATION.cff", "docs/**/*", "results/**/*")
+SHOWN = ("*.md", "LICENSE", "CITATION.cff", "Dockerfile", "docs/**/*", "results/**/*")
 WIDE = "---\nhide: [toc]\n---\n\n"  # a page without its table of contents
 ABOUT = """# Browse the results
 
