@@ -66,9 +66,8 @@ def test_place_loss_counts_where_a_thing_is_shown():
         one[0, 1:3, thing] = True
         guess[0, 1:3, numbers] = 0
         assert pretrain.place_loss(guess, right, one) == 0
-        assert pretrain.place_loss(wrong, right, one).item() == pytest.approx(
-            5.0 * len(numbers) / 24
-        )
+        found = pretrain.place_loss(wrong, right, one).item()
+        assert found == pytest.approx(5.0 * len(numbers) / 24)
 
 
 def test_spread_labels():

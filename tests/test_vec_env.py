@@ -62,16 +62,12 @@ def test_actions_and_episodes_of_equal_length():
         envs.reset([iter([1])] * 3)
 
 
-@pytest.mark.parametrize("flags, named", [
-    (dict(num_envs=0), "0"), (dict(task="no_task"), "no_task"), (dict(split="none"), "none"),
-    (dict(scene="no_scene"), "no_scene"), (dict(scene="published"), "nowhere"),
-    (dict(sim_device="cuda", reset_after_success=5), "reset_after_success = 5"),
-])  # fmt: skip
-def test_bad_input_is_refused(flags, named, monkeypatch):
+def test_bad_input_is_refused():
     """Stops errors that come after the simulator's start."""
-    monkeypatch.setenv("MS_ASSET_DIR", "nowhere")
-    with pytest.raises((ValueError, FileNotFoundError), match=named):
-        make_envs(**{"num_envs": 2, **flags})
+    cuda = dict(sim_device="cuda", reset_after_success=5)
+    for flags in (dict(num_envs=0), dict(task="no_task"), dict(split="none"), cuda):
+        with pytest.raises(ValueError, match=f"{[*flags.values()][-1]}"):
+            make_envs(**{"num_envs": 2, **flags})
 
 
 ACTIONS = np.random.default_rng(0).uniform(-0.05, 0.05, (len(IDS), STEPS, 7)).astype("float32")
