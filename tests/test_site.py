@@ -1,4 +1,4 @@
-"""The site of `make docs` in a browser; needs the extra `docs` and Chromium."""
+"""The site of `make docs` in a browser, and the notebook: need the extra `docs` and Chromium."""
 
 import shutil
 import subprocess
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from running import COMMON, SMALL
 
 ROOT = Path(__file__).parent.parent
 BROKEN = "[...document.images].filter(image => !image.naturalWidth).map(image => image.src)"
@@ -35,3 +36,14 @@ def test_every_page_in_a_browser(tmp_path):
                 page.set_viewport_size({"width": width, "height": 900})
                 wide = page.evaluate("document.documentElement.scrollWidth") - width
                 assert (wide, page.evaluate(BROKEN), faults) == (0, [], []), (index, width)
+
+
+@pytest.mark.long
+def test_the_notebook_runs(monkeypatch):
+    """Stops a cell that no longer runs in a new kernel, or that shows nothing."""
+    client, form = map(pytest.importorskip, ("nbclient", "nbformat"))
+    monkeypatch.setenv("TRY_IT_PPO", f"{COMMON} {SMALL['ppo']}")
+    monkeypatch.setenv("TRY_IT_EPISODES", "2")
+    cells = client.execute(form.read(ROOT / "docs/try_it.ipynb", 4), cwd=ROOT).cells
+    shown = [kind for cell in cells for o in cell.get("outputs", ()) for kind in o.get("data", ())]
+    assert {"image/png", "text/html", "text/markdown"} <= {*shown}

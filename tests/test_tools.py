@@ -16,7 +16,6 @@ def test_doctor_with_and_without_vulkan(monkeypatch, capsys):
     minutes of waiting that end in a bare `ErrorIncompatibleDriver`."""
     assert doctor.main() == 0, capsys.readouterr().out
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(doctor.CHECKS)
     assert "ManiSkill 3.0.1, pictures by " in lines[1] and lines[1].startswith("ok")
     renderer.check_renderer.cache_clear()
     for name in ("VK_ICD_FILENAMES", "VK_DRIVER_FILES"):
