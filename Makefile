@@ -3,12 +3,13 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo pretrained warmup test test-long lint format doctor lock clean
+.PHONY: help setup demo pretrained warmup test test-long lint format doctor docs lock clean
 help:
 	@echo "make demo       trains PPO for a few iterations and says where curve and video are"
 	@echo "make test       ruff and the tests (arguments for pytest: PYTEST_ARGS='-k gae')"
 	@echo "make test-long  the same with the tests that take minutes each"
 	@echo "make doctor     says what this machine can do, with a fix for what is missing"
+	@echo "make docs       builds the site into site/ and fails at a dead link"
 	@echo "make warmup     makes checkpoints/tiny-warmup again, in about 12 minutes"
 	@echo "make pretrained makes checkpoints/tiny-pretrained again, on a GPU in about 15 minutes"
 	@echo "make setup | lint | format | lock | clean"
@@ -78,11 +79,16 @@ format: setup
 doctor: setup
 	$(PY) scripts/doctor.py
 
+# to look at it: $(VENV)/bin/python -m mkdocs serve
+docs: setup
+	$(PY) -m pip install --quiet --constraint scripts/constraints.txt --editable '.[docs]'
+	$(PY) -m mkdocs build --strict
+
 # exact versions of what is installed now; without a GPU, so that no CUDA package is listed
-lock: setup
+lock: docs
 	$(PY) -m pip freeze --exclude-editable | sed 's/+cpu$$//' > scripts/constraints.txt
 
 # the environment and caches; never runs/ or checkpoints/
 clean:
-	rm -rf $(VENV) build ./*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build site ./*.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,6 +14,9 @@ APT=/etc/apt
 MESA_MIN=24.3
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
+[ "$(uname -s)" = Linux ] ||
+  { echo "setup: this is $(uname -s), and only Linux is tested; use the Dockerfile" >&2; exit 1; }
+
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 

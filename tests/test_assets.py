@@ -90,7 +90,6 @@ def test_primitive_objects_stay_where_they_are_put():
         assert np.hypot(*moved.p[:2]) < 0.005, body.name
         assert moved.to_transformation_matrix()[2, 2] > 0.999, body.name
         assert abs(entity.pose.p[2] + body.bbox_min[2] - 0.870) < 0.001, body.name
-        assert np.linalg.norm(rigid(entity).linear_velocity) < 0.01, body.name
 
 
 @packs
@@ -99,8 +98,6 @@ def test_the_gripper_grasps(name):
     env = make_env(assets=name)
     env.reset(options={"episode_ids": [0]})
     agent, tcp = env.agent, env.agent.robot.links_map["ee_gripper_link"]
-    fingers = [joint.name for joint in agent.robot.active_joints][-2:]
-    assert fingers == ["left_finger", "right_finger"]
     down = tcp.pose.to_transformation_matrix()[0, :3, 0].numpy()
     assert np.rad2deg(np.arccos(-down[2])) == pytest.approx(3.3, abs=0.1)
     start = sapien.Pose([-0.1451, 0.0341, 0.8895])

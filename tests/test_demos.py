@@ -127,7 +127,6 @@ def test_mistakes_are_executed_but_not_imitated(tmp_path):
         steps = [(on, len(list(group))) for on, group in itertools.groupby(flipped)]
         blunders += [length for on, length in steps[:-1] if on]  # the end may cut the last
     assert blunders and min(blunders) >= 4
-    assert max(lengths) > 26, "nothing had to be recovered from"
 
 
 def test_statistics_and_steps_that_are_left_out():

@@ -56,7 +56,6 @@ def test_what_pays(env):
     assert sum(step[1].item() for step in steps) == pytest.approx(1.2)
     assert steps[-1][4]["success"].item() and steps[-1][4]["held"].item()
     features = env.state_features()
-    assert features.dtype == np.float32
     assert features[0, 31:35].tolist() == [1, 1, 1, np.float32(36 / 40)]
     move(env, -0.15, 0, 0)
     _, reward, _, _, info = env.step(IDLE)

@@ -291,7 +291,6 @@ def test_precision_of_parameters(rank):
             module.register_forward_hook(lambda _, inputs, output: computed.add(output.dtype))
     loss_of(model).backward()
     assert computed == ({torch.bfloat16} if rank else set()), "LoRA's matmuls"
-    assert all(torch.isfinite(p.grad).all() for p in trainable_parameters(model))
 
 
 @pytest.mark.parametrize("kind", ["state", "h0", "hn", "concat", "separate"])

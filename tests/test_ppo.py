@@ -227,10 +227,9 @@ def test_minibatches_and_what_ends_an_update(monkeypatch):
     bandit_run(1, num_envs=128, num_minibatches=64)
 
 
-KINDS = [("state", 1), ("h0", 1), ("h0", 0), ("hn", 0), ("concat", 0), ("separate", 0)]
-
-
-@pytest.mark.parametrize("critic, warmup", KINDS)
+@pytest.mark.parametrize("critic, warmup", [
+    ("state", 1), ("h0", 1), ("h0", 0), ("hn", 0), ("concat", 0), ("separate", 0),
+])  # fmt: skip
 def test_critics_and_their_warmup(train, critic, warmup):
     """Stops a critic that does not learn, and a warm-up that trains the policy."""
     flags = f"--name run --critic {critic} --value-warmup-iterations {warmup} --eval-every 0"

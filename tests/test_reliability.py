@@ -1,7 +1,6 @@
 """What users' machines do to runs: damaged files, two processes, a full disk, missing programs."""
 
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -87,10 +86,3 @@ def test_what_a_machine_lacks(begin, monkeypatch, capsys, tmp_path):  # noqa: F8
     refused(".lock/results", eval_ood.main, nothing)
     monkeypatch.setenv("PATH", "")
     assert machine()["commit"] == "unknown" and short_names(["."]) == [tmp_path.name]
-
-
-def test_text_files_are_utf_8():
-    """Stops a crash at the first checkpoint where the locale is another one."""
-    for path in [path for glob in ("*.py", "[!.t]*/**/*.py") for path in ROOT.glob(glob)]:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            assert "encoding" in line or not re.search(r"(read|write)_text\(|\.open\(\"[aw]", line)

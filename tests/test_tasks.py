@@ -140,9 +140,7 @@ def test_quirk_texture_of_the_largest_box_in_the_batch():
     assert first_row(fixed[1:]) == first_row(published[1:]) == COLUMNS.tolist()
 
 
-@pytest.mark.parametrize(
-    "ratio, want", [(0.3, [25, 37, 56, 61]), (0.5, [35, 55, 80, 95]), (1.0, [60, 100, 140, 180])]
-)
+@pytest.mark.parametrize("ratio, want", [(0.3, [25, 37, 56, 61]), (1.0, [60, 100, 140, 180])])
 def test_whole_blends_a_window_that_follows_the_foreground(ratio, want):
     """Stops another resize, or another window than that of the foreground's box."""
     # Doubled as by OpenCV, the row is 0 20 60 100 140 180 220 240; columns 2, 3 put the window at 2
@@ -151,23 +149,6 @@ def test_whole_blends_a_window_that_follows_the_foreground(ratio, want):
     assert composite_row(*images, "whole", ratio) == want
     without = images[0], columns(), *images[2:]
     assert composite_row(*without, "whole", 1.0) == [20, 60, 100, 140]  # the corner is at least 1
-
-
-@pytest.mark.parametrize("mode", ["plain", "texture", "whole"])
-@pytest.mark.parametrize("size", [(120, 160), (5, 7), (1, 1)])
-def test_any_image_size_and_batch_order(size, mode):
-    """Stops images that depend on their neighbours, and boxes that leave the image."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (3, 3, *size, 3), generator=generator, dtype=torch.uint8)
-    rgb, background, texture = images
-    mask = torch.rand((3, *size), generator=generator) < 0.3
-    mask[1] = False
-    mask[2] = True
-    args = rgb, mask, background, texture, torch.tensor([1.0, 1.0, 0.5])
-    image = composite(*args, mode, 0.5)
-    assert image.shape == rgb.shape and image.dtype == torch.uint8
-    for order in ([2, 0, 1], [1]):
-        assert torch.equal(composite(*(x[order] for x in args), mode, 0.5), image[order])
 
 
 def test_bad_input_is_refused():

@@ -2,7 +2,6 @@
 runs/NAME holds args.json, metrics.jsonl, TensorBoard's file, checkpoint-000012, best-000010,
 videos/ and curve.png. A checkpoint is a directory that appears whole or not at all."""
 
-import fcntl
 import json
 import math
 import os
@@ -47,6 +46,8 @@ def hold(run):
         path = run_dir / ".lock"
         with naming(path, "another --name, or a folder that can be written"):
             run_dir.mkdir(parents=True, exist_ok=True)
+            import fcntl  # here, since Windows has none: `check_renderer` says so first
+
             fcntl.lockf(os.open(path, os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
         for leftover in run_dir.glob(f".*-{NUMBER}.*"):  # of a save that was killed
             shutil.rmtree(leftover, ignore_errors=True)

@@ -1,7 +1,5 @@
 """What training reports: means over ranks, and checks of what was learned from."""
 
-import resource
-
 import torch
 
 from common.run.ranks import gather_envs, gather_over_ranks
@@ -72,8 +70,9 @@ def check_ratio(ratio, dtype):
 
 def peak_memory():
     """Metrics: the most memory that this process has used so far."""
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    metrics = {"system/peak_ram_gb": kilobytes * 1024 / 1e9}
+    from resource import RUSAGE_SELF, getrusage  # here, as fcntl in experiment.py
+
+    metrics = {"system/peak_ram_gb": getrusage(RUSAGE_SELF).ru_maxrss * 1024 / 1e9}  # from kB
     if torch.cuda.is_initialized():
         metrics["system/peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return metrics

@@ -44,9 +44,7 @@ def setup_ranks(device="auto", seed=0):
 
 
 def rank_and_world_size():
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def sum_over_ranks(tensor):

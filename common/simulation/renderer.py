@@ -21,6 +21,8 @@ FIXES = {  # by SAPIEN's device
 @cache
 def check_renderer(device):
     """Name of what renders: "cuda", or any Vulkan ("cpu"). RuntimeError with the fix: none does."""
+    if sys.platform != "linux":
+        raise RuntimeError(f"sys.platform = {sys.platform}: only Linux is tested; use Docker")
     command = [sys.executable, "-c", PROBE, device]
     child = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if child.returncode or "GPU: " not in child.stdout:
