@@ -28,12 +28,12 @@ from common.run.files import check, read_json, write_atomic
 from common.run.ranks import setup_ranks
 from common.simulation.env import SCENES, check_scene
 from common.simulation.episodes import evaluation_ids
-from common.simulation.renderer import check_simulator
 from common.simulation.tasks import REPORT_ROWS, TASKS
 from common.simulation.vec_env import make_envs
 from scripts.policies import KINDS, begin, identify, load_policy, name_policies
 from scripts.provenance import find_model, fingerprint, machine, short_names, training_flags
-from scripts.report import OOD, make
+from scripts.renderer import check_simulator
+from scripts.report import OOD, make, read_results
 
 BLOCK = 16  # episodes per call of the model; kernels round by it, so that it changes results
 MEANS = ("success_at_end", "success_once", "grasped", "held", "return")

@@ -23,12 +23,12 @@ from tqdm import tqdm
 from common.run.files import check, naming, write_atomic
 from common.simulation.env import CAMERA, ENV_ID, SCENES, check_scene
 from common.simulation.episodes import training_episodes
-from common.simulation.renderer import check_simulator
 from common.simulation.tasks import num_configurations
 from common.simulation.vec_env import make_envs
 from demonstrations.expert import Expert
 from demonstrations.reader import action_statistics
 
+from scripts.renderer import check_simulator
 CONTROL_MODE = "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos"
 BLUNDER_STEPS = 4  # 0.8 s drop any object
 

@@ -17,7 +17,7 @@ import tyro
 from common.model.checkpoints import choose_key, locate
 from common.run.files import check, read_json
 from common.simulation.env import SCENES, check_scene
-from common.simulation.renderer import check_simulator
+from scripts.renderer import check_simulator
 
 
 @dataclass
