@@ -199,7 +199,7 @@ def main(args):
     # --- what is finished ---
     results = {}
     path = Path(args.output, "results.json")
-    finished = read_json(path) if path.is_file() else {"policies": {}}
+    finished = read_results(path) if path.is_file() else {"policies": {}}
     write_atomic(path, json.dumps(finished, indent=1))  # what cannot be written shows now
     for name, settings in policies.items():
         if settings["checkpoint"]:

@@ -10,12 +10,12 @@ import time
 from argparse import ArgumentParser
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Literal, get_origin, get_type_hints
 
 import tyro
 
 from common.model.checkpoints import choose_key, locate
-from common.run.files import check, read_json
+from common.run.files import check, check_types, naming, read_json
 from common.simulation.env import SCENES, check_scene
 from scripts.renderer import check_simulator
 
@@ -88,8 +88,11 @@ def saved_args(args_class, path, group=None):
     differ = sorted(saved.keys() ^ types.keys())
     check(not differ, f"{path} is of another script or version: the flags {differ} differ")
     for name, value in saved.items():
-        if is_dataclass(types[name]):
-            saved[name] = saved_args(types[name], path, value)
+        like = [str] if get_origin(types[name]) is tuple else types[name]
+        with naming(path, "start anew"):
+            check_types(value, dict if is_dataclass(like) else like, name)
+        if is_dataclass(like):
+            saved[name] = saved_args(like, path, value)
         elif isinstance(value, list):
             saved[name] = tuple(value)
     return args_class(**saved)
