@@ -23,8 +23,9 @@ import tyro
 from tqdm import tqdm
 
 from common.model.checkpoints import choose_key, load_vla, locate
+from common.run.args import check_values
 from common.run.evaluate import run_episodes, write_video
-from common.run.files import check, read_json, write_atomic
+from common.run.files import check, write_atomic
 from common.run.ranks import setup_ranks
 from common.simulation.env import SCENES, check_scene
 from common.simulation.episodes import evaluation_ids
@@ -64,8 +65,8 @@ def plan_rows(tasks):
     rows.update((row[0], row[1:4]) for row in REPORT_ROWS)
     wanted = set(tasks.split(","))
     known = ["id", *OOD, *rows]
-    unknown = ",".join(sorted(wanted - set(known)))
-    check(not unknown, f"tasks = {unknown} is not known; use some of {', '.join(known)}")
+    unknown = sorted(wanted - set(known))
+    check(not unknown, f"tasks = {tasks}: {unknown} not known; use some of {', '.join(known)}")
     return {name: row for name, row in rows.items() if wanted & {name, row[0]}}
 
 
@@ -179,9 +180,8 @@ def main(args):
     names = short_names(args.checkpoint)
     others = name_policies(args.policy, names)
     check(names or others, f"policy = {args.policy}: add --checkpoint, or one of {KINDS}")
-    fits = args.num_envs in range(BLOCK, 10**6, BLOCK)
-    check(fits, f"num_envs = {args.num_envs} must be a multiple of {BLOCK}; use {BLOCK}")
-    check(args.temperature >= 0, f"temperature = {args.temperature} must be >= 0; use 0.6")
+    check(args.num_envs % BLOCK == 0, f"num_envs = {args.num_envs} must be a multiple of {BLOCK}")
+    check_values(vars(args), vars(Args()), ("seed", "temperature"))
     rows = plan_rows(args.tasks)
     _, _, device = setup_ranks(args.device, args.seed)
     policies = {}
