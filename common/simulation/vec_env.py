@@ -85,6 +85,8 @@ class VectorEnv:
         self._simulate(actions)
         now = {name: values.copy() for name, values in self.scalars.items()}
         now["reward"][~self.active] = 0.0
+        finite = np.isfinite(now["reward"]).all() and np.isfinite(self.states).all()
+        check(finite, "the simulator's reward or state is not finite; --resume, or another --seed")
         success = now["success"].astype(bool)
         self.returns += now["reward"]
         self.success_steps = np.where(success, self.success_steps + 1, 0)
