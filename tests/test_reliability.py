@@ -74,7 +74,7 @@ def test_what_a_machine_lacks(begin, monkeypatch, capsys, tmp_path):  # noqa: F8
     run.run_dir = Path("runs/x").rename("runs/x y")
     run.close()
     assert shlex.split(capsys.readouterr().out.splitlines()[-1])[-1] == "runs/x y"
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1, free=0))
     monkeypatch.setattr(torch, "save", lambda *_: torch.zeros(2).view(3))
     refused("checkpoint-000000.*disk is full", run._save, "checkpoint")
     with pytest.raises(IndexError), naming(Path("x")):  # a mistake in the code is no file's
