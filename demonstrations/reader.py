@@ -121,7 +121,9 @@ def labels_of(file, entry):
         group = file[name]
         key = "expert_actions" if "expert_actions" in group else "actions"
         kind, shape = group[key].dtype.kind, group[key].shape
-        check(kind == "f" and shape == rule, f"{key} is {kind}{shape}, not f{rule}")
+        check(
+            kind == "f" and shape == rule, f"{key} is {shape} of kind {kind}, not {rule} of floats"
+        )
         actions = np.asarray(group[key], dtype=np.float32)
         check(np.isfinite(actions).all(), f"{key} has numbers that are not finite")
         return actions
