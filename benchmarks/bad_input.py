@@ -218,7 +218,7 @@ sft_vla.py --demos d/published                     | d/published; published; sma
 sft_vla.py --demos d/six --val-demos 1             | d/six/trajectory.h5; actions; 6
 sft_vla.py --demos d/nan --val-demos 1             | d/nan/trajectory.h5; actions; not finite
 sft_vla.py --demos d/no-pictures --val-demos 1     | d/no-pictures/trajectory.h5/traj_0; not found
-sft_vla.py --demos d/text --val-demos 1            | d/text/trajectory.h5/traj_0; O(1,)
+sft_vla.py --demos d/text --val-demos 1            | d/text/trajectory.h5/traj_0; (1,) of kind O
 sft_vla.py --demos demos/ok --val-demos 4          | val_demos = 4; use fewer
 sft_vla.py --demos demos/ok --num-demos 9          | num_demos = 9; demos/ok; 4
 sft_vla.py --demos demos/ok --num-demos -1         | num_demos = -1; >= 0

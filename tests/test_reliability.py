@@ -23,9 +23,9 @@ from scripts.provenance import machine, short_names
 
 STATE, ARGS, LOG = "checkpoint-000001/training_state.pt", "args.json", "metrics.jsonl"
 DAMAGE = [  # file, what the error says, new content or what is lost
-    (STATE, "Ran out|EOF", b""), (STATE, "", b"PK"), (ARGS, "Expecting", b""),
+    (STATE, "Ran out|EOF", b""), (STATE, "", b"PK"), (ARGS, "Expecting", b""), (ARGS, "", b"[]"),
     (ARGS, "git-lfs pointer", b"version https://git-lfs"), (LOG, "remove the line", b"garbage\n"),
-    (STATE, "policy", ["policy"]), (STATE, "evaluations", ["evaluations"]),
+    (STATE, "policy", ["policy"]), (STATE, "evaluations", ["evaluations"]), (LOG, "", b"[]\n"),
     (STATE, "critic.*weight", ["critic", "weight"]), (STATE, "policy.*state", ["policy", "state"]),
 ]  # fmt: skip
 
