@@ -52,7 +52,7 @@ FLAGS["eval_ood"] = f"--checkpoint {WARMUP} --num-episodes 2 --tasks id,semantic
 
 
 class Child:
-    """A short run in a session of its own, so that its workers can be counted."""
+    """A short run whose processes can be counted."""
 
     def __init__(self, script, run, ranks=1, **environment):
         self.script, self.run = script, Path(run)
@@ -63,7 +63,8 @@ class Child:
         where = ["--output", str(run)] if script == "eval_ood" else where
         torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2" if ranks > 1 else ""
         words = f"{torchrun} child.py {script} {FLAGS[script]}".split() + where
-        path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+        self.mark = f"{os.getpid()}-{time.time()}"
+        path = {"MARK": self.mark, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
         with self.output.open("w", encoding="utf-8") as out:
             self.process = subprocess.Popen(
                 [sys.executable, *words], stdout=out, stderr=subprocess.STDOUT,
@@ -87,15 +88,14 @@ class Child:
             self.process.wait()
             return None
 
-    def members(self, of=None):
-        """Ids of the living processes of the session; of: that run this."""
+    def members(self, of=b""):
+        """Ids of the living processes of this run, whatever their session; of: that run this."""
         found = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
+        for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                fields = path.read_text(encoding="utf-8").rsplit(")", 1)[1].split()
-                line = (path.parent / "cmdline").read_bytes()
-                if int(fields[3]) == self.process.pid and fields[0] != "Z":
-                    found += [int(path.parent.name)] if not of or of in line else []
+                ours = f"MARK={self.mark}\0".encode() in (path / "environ").read_bytes()
+                if ours and of in (path / "cmdline").read_bytes():
+                    found.append(int(path.name))
         return found
 
     def orphans(self, seconds=15):
@@ -238,12 +238,16 @@ def single_faults():
     fault("no-ffmpeg", "ffmpeg", IMAGEIO_FFMPEG_EXE="/nonexistent")
     two = Child("ppo", "runs/two", 2)
     two.end()
-    fault("rank-killed", "exitcode.*-9|Signal 9", lambda child: os.kill(
-        child.members(b"child.py")[-1], signal.SIGKILL), 2, outcome("ppo", two.run))  # fmt: skip
+    right_of_two = outcome("ppo", two.run)
+
+    def rank(child):
+        os.kill(child.members(b"-u\0child.py")[-1], signal.SIGKILL)
+
+    fault("rank-killed", "exitcode.*-9|Signal 9", rank, 2, right_of_two)
     if os.geteuid():
         return rows  # the disk's faults need a file system of their own
     for name, says, options, hurt, mend in (
-        ("disk-full", "disk is full", "size=40m", fill, lambda run: (run / "filler").unlink()),
+        ("disk-full", "disk is full", "size=100m", fill, lambda run: (run / "filler").unlink()),
         ("read-only", "Read-only", "ro", None, lambda run: mount(run, "remount,rw")),
     ):
         mount(Path("runs", name), options)

@@ -185,15 +185,17 @@ def bad_input():
 @contextlib.contextmanager
 def bad_server():
     """Address of a policy server: /nan and /shape choose what is wrong with its actions."""
+    from websockets.exceptions import ConnectionClosedError
     from websockets.sync.server import serve
 
     from scripts.policies import pack
 
     def answer(connection):
+        wrong = np.full(7, np.nan) if connection.request.path == "/nan" else np.zeros((2, 32))
         connection.send(pack({}))
-        for _ in connection:
-            nan = connection.request.path == "/nan"
-            connection.send(pack({"actions": np.full(7, np.nan) if nan else np.zeros((2, 32))}))
+        with contextlib.suppress(ConnectionClosedError):  # the command has ended
+            for _ in connection:
+                connection.send(pack({"actions": wrong}))
 
     read, write = os.pipe()
     child = os.fork()  # a thread would not survive the forks of the cases
