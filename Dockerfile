@@ -6,9 +6,8 @@ WORKDIR /cleanvla
 
 # The environment, from what it depends on alone: a change of the code does not make it again
 COPY Makefile pyproject.toml README.md LICENSE ./
-COPY scripts/setup.sh scripts/constraints.txt scripts/
-COPY common/simulation/renderer.py common/simulation/
-RUN mkdir common/model common/run demonstrations tiny \
+COPY scripts/setup.sh scripts/constraints.txt scripts/renderer.py scripts/
+RUN mkdir -p common/model common/run common/simulation demonstrations tiny \
     && PIP_NO_CACHE_DIR=1 make setup && rm -rf /var/lib/apt/lists/*
 
 COPY . .

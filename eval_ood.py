@@ -23,17 +23,18 @@ import tyro
 from tqdm import tqdm
 
 from common.model.checkpoints import choose_key, load_vla, locate
+from common.run.args import check_values
 from common.run.evaluate import run_episodes, write_video
-from common.run.files import check, read_json, write_atomic
+from common.run.files import check, write_atomic
 from common.run.ranks import setup_ranks
 from common.simulation.env import SCENES, check_scene
 from common.simulation.episodes import evaluation_ids
-from common.simulation.renderer import check_simulator
 from common.simulation.tasks import REPORT_ROWS, TASKS
 from common.simulation.vec_env import make_envs
 from scripts.policies import KINDS, begin, identify, load_policy, name_policies
 from scripts.provenance import find_model, fingerprint, machine, short_names, training_flags
-from scripts.report import OOD, make
+from scripts.renderer import check_simulator
+from scripts.report import OOD, make, read_results
 
 BLOCK = 16  # episodes per call of the model; kernels round by it, so that it changes results
 MEANS = ("success_at_end", "success_once", "grasped", "held", "return")
@@ -64,8 +65,8 @@ def plan_rows(tasks):
     rows.update((row[0], row[1:4]) for row in REPORT_ROWS)
     wanted = set(tasks.split(","))
     known = ["id", *OOD, *rows]
-    unknown = ",".join(sorted(wanted - set(known)))
-    check(not unknown, f"tasks = {unknown} is not known; use some of {', '.join(known)}")
+    unknown = sorted(wanted - set(known))
+    check(not unknown, f"tasks = {tasks}: {unknown} not known; use some of {', '.join(known)}")
     return {name: row for name, row in rows.items() if wanted & {name, row[0]}}
 
 
@@ -179,9 +180,8 @@ def main(args):
     names = short_names(args.checkpoint)
     others = name_policies(args.policy, names)
     check(names or others, f"policy = {args.policy}: add --checkpoint, or one of {KINDS}")
-    fits = args.num_envs in range(BLOCK, 10**6, BLOCK)
-    check(fits, f"num_envs = {args.num_envs} must be a multiple of {BLOCK}; use {BLOCK}")
-    check(args.temperature >= 0, f"temperature = {args.temperature} must be >= 0; use 0.6")
+    check(args.num_envs % BLOCK == 0, f"num_envs = {args.num_envs} must be a multiple of {BLOCK}")
+    check_values(vars(args), vars(Args()), ("seed", "temperature"))
     rows = plan_rows(args.tasks)
     _, _, device = setup_ranks(args.device, args.seed)
     policies = {}
@@ -199,7 +199,7 @@ def main(args):
     # --- what is finished ---
     results = {}
     path = Path(args.output, "results.json")
-    finished = read_json(path) if path.is_file() else {"policies": {}}
+    finished = read_results(path) if path.is_file() else {"policies": {}}
     write_atomic(path, json.dumps(finished, indent=1))  # what cannot be written shows now
     for name, settings in policies.items():
         if settings["checkpoint"]:

@@ -14,10 +14,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.run.files import check, naming, read_json
+from common.run.files import check, check_types, naming, read_json
 from common.simulation.env import CAMERA, SCENES
 from common.simulation.tasks import scene_numbers
 
+ENTRY = {"episode_id": int, "elapsed_steps": int, "instruction": str,
+         "reset_kwargs": {"options": {"episode_ids": [int]}}}  # fmt: skip
+HEADER = {"settings": {"task": str}, "episodes": [ENTRY]}
 FLOORS = (0.01, 0.01, 0.01, 0.05, 0.05, 0.05)  # metres, radians
 
 
@@ -66,9 +69,7 @@ def load_demos(directories, fit=np.asarray, num_demos=None, drop_idle="none"):
         settings, episodes = header["settings"], header["episodes"]
         if num_demos is not None and num_demos > len(episodes):
             raise ValueError(f"num_demos = {num_demos}, but {directory} holds {len(episodes)}")
-        with naming(header["path"]):
-            file = h5py.File(header["path"])
-        with file:
+        with h5py.File(header["path"]) as file:
             for entry in episodes[:num_demos]:
                 frames, labels = _read_episode(file, entry, drop_idle)
                 images.append(fit(frames))
@@ -92,28 +93,49 @@ def read_header(directory):
     if not (path.exists() and json_path.exists()):
         command = f"python -m demonstrations.record --output {shlex.quote(str(directory))}"
         raise FileNotFoundError(f"{path} or its .json is missing; record it with: {command}")
-    header = read_json(json_path)
+    header = read_json(json_path, "is it of demonstrations?", HEADER)
     with naming(json_path, "is it of demonstrations?"):
         settings = header["settings"]
         if "scene" not in settings:  # of earlier versions
             settings["scene"] = "published" if settings["assets"] == "bridge" else "small"
         settings.setdefault("split", "train")
+        check_types(settings, {"scene": str, "split": str})
         settings.setdefault("fidelity", SCENES[settings["scene"]]["fidelity"])
-        return {"path": path, "settings": settings, "episodes": header["episodes"]}
+        check_types(settings, {"fidelity": str})
+        scene_numbers(
+            settings["task"], settings["split"], [], settings["fidelity"]
+        )  # it knows them
+        check(header["episodes"], "it has no episodes")
+    with naming(path, kinds=Exception):
+        file = h5py.File(path)
+    with file:
+        for entry in header["episodes"]:
+            labels_of(file, entry)
+    return {"path": path, "settings": settings, "episodes": header["episodes"]}
+
+
+def labels_of(file, entry):
+    """The expert's actions (T, 7) float32 of one episode."""
+    name, rule = f"traj_{entry['episode_id']}", (entry["elapsed_steps"], 7)
+    with naming(Path(file.filename, name), kinds=Exception):  # HDF5 raises all kinds
+        group = file[name]
+        key = "expert_actions" if "expert_actions" in group else "actions"
+        kind, shape = group[key].dtype.kind, group[key].shape
+        check(
+            kind == "f" and shape == rule, f"{key} is {shape} of kind {kind}, not {rule} of floats"
+        )
+        actions = np.asarray(group[key], dtype=np.float32)
+        check(np.isfinite(actions).all(), f"{key} has numbers that are not finite")
+        return actions
 
 
 def _read_episode(file, entry, drop_idle):
     """Frames (T, H, W, 3) uint8 and labels (T, 7) float32 of one episode."""
-    name = f"traj_{entry['episode_id']}"
-    with naming(Path(file.filename, name)):
-        group = file[name]
-        key = "expert_actions" if "expert_actions" in group else "actions"
-        actions = np.asarray(group[key], dtype=np.float32)
-        rule = (entry["elapsed_steps"], 7)
-        check(actions.shape == rule, f"{key} is {actions.shape}, not {rule}")
-        check(np.isfinite(actions).all(), f"{key} has numbers that are not finite")
-        keep = moving_steps(actions, drop_idle)
-        files = group[f"obs/sensor_data/{CAMERA}/rgb"]
+    actions = labels_of(file, entry)
+    keep = moving_steps(actions, drop_idle)
+    name = f"traj_{entry['episode_id']}/obs/sensor_data/{CAMERA}/rgb"
+    with naming(Path(file.filename, name), kinds=Exception):
+        files = file[name]
         frames = [np.asarray(Image.open(io.BytesIO(files[int(t)]))) for t in keep]
         return np.stack(frames), actions[keep]
 

@@ -20,16 +20,19 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
+from common.run.args import check_values
 from common.run.files import check, naming, write_atomic
 from common.simulation.env import CAMERA, ENV_ID, SCENES, check_scene
 from common.simulation.episodes import training_episodes
-from common.simulation.renderer import check_simulator
 from common.simulation.tasks import num_configurations
 from common.simulation.vec_env import make_envs
 from demonstrations.expert import Expert
 from demonstrations.reader import action_statistics
+from scripts.renderer import check_simulator
 
 CONTROL_MODE = "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos"
+MAY_BE_ZERO = """seed max_episode_steps hold_steps action_noise noise_probability
+    blunder_probability""".split()
 BLUNDER_STEPS = 4  # 0.8 s drop any object
 
 
@@ -138,7 +141,8 @@ def new_files(output):
     path = Path(output, "trajectory.h5")
     if path.exists():
         raise FileExistsError(f"{path} exists and is never overwritten; use another --output")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path, "use another --output"):
+        path.parent.mkdir(parents=True, exist_ok=True)
     return path, path.with_suffix(".tmp")
 
 
@@ -149,11 +153,7 @@ def finish_files(path, temporary, header):
 
 
 def check_args(args):
-    if args.num_demos < 1:
-        raise ValueError(f"num_demos = {args.num_demos} must be >= 1; use 100")
-    for name in ("noise_probability", "blunder_probability"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"{name} = {getattr(args, name)} must be a share in [0, 1]")
+    check_values(vars(args), vars(Args()), MAY_BE_ZERO)
     check_scene(args.task, "train", args.scene)
     configurations = num_configurations(args.task, "train", SCENES[args.scene]["fidelity"])
     if args.num_demos > configurations * 9 // 10:

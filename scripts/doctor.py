@@ -14,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from common.run.ranks import cores
 from common.simulation.assets import load_pack
-from common.simulation.renderer import check_renderer, check_simulator
+from scripts.renderer import check_renderer, check_simulator
 
 # One step of the default scene, in a process of its own: a driver may crash
 EPISODE = """

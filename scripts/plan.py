@@ -11,8 +11,10 @@ from peft import LoraConfig, get_peft_model
 from common.model.checkpoints import LORA_TARGETS, locate
 from common.model.openvla import OpenVLA, OpenVLAConfig
 from common.run.args import flat, parse_args
+from common.run.files import check
 from common.simulation.env import SCENES
 
+SCRIPTS = ("ppo_vla", "grpo_vla", "dpo_vla", "sft_vla")
 LLAMA = {"model_type": "llama", "vocab_size": 32064}
 OPENVLA_7B = dict(text_config=LLAMA, image_sizes=[224], n_action_bins=256, pad_to_multiple_of=64)
 
@@ -25,7 +27,9 @@ def build(start, lora_rank, freeze_vision):
         config = source.config
         if source.adapter and not lora_rank:
             lora_rank = LoraConfig.from_pretrained(source.adapter).r
-    except LocalEntryNotFoundError:  # a hub id that is not on this machine
+    except FileNotFoundError as error:  # a hub id that is not on this machine
+        if not isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise
         config = OPENVLA_7B
     with torch.device("meta"):
         model = base = OpenVLA(OpenVLAConfig(**config))
@@ -39,7 +43,9 @@ def build(start, lora_rank, freeze_vision):
 
 def plan(script, argv):
     """dict of a run's flags that are not the default, steps, weights, memory of one rank."""
-    module = importlib.import_module(script.removesuffix(".py"))
+    script = script.removesuffix(".py")
+    check(script in SCRIPTS, f"script = {script!r} must be one of {', '.join(SCRIPTS)}")
+    module = importlib.import_module(script)
     s, usual = flat(parse_args(module.Args, module.PRESETS, argv)), flat(module.Args())
     plan = {f"{key} (default {usual[key]})": s[key] for key in usual if s[key] != usual[key]}
     samples = s["num_envs"] * s.get("num_steps", 0)
@@ -70,5 +76,5 @@ def plan(script, argv):
 
 
 if __name__ == "__main__":
-    for name, value in plan(sys.argv[1], sys.argv[2:]).items():
+    for name, value in plan("".join(sys.argv[1:2]), sys.argv[2:]).items():
         print(f"{name:<45} {value:.4g}" if isinstance(value, float) else f"{name:<45} {value}")

@@ -133,6 +133,13 @@ class FilePolicy:
         self.function = found() if inspect.isclass(found) else found
         right = callable(self.function)
         check(right, f"policy = {self.policy!r} needs __call__(self, images, instructions, rows)")
+        try:
+            inspect.signature(self.function).bind("images", "instructions", "rows")
+        except TypeError as error:
+            why = f"policy = {self.policy!r} must take images, instructions, rows"
+            raise TypeError(f"{why}: {error}") from error
+        except ValueError:
+            pass  # written in C: it has no signature
 
     def reset(self, places):
         """These episodes (N,) begin; earlier ones are over."""

@@ -9,8 +9,9 @@ from scipy.stats import binomtest, norm
 from tabulate import tabulate
 
 from common.run.evaluate import wilson
-from common.run.files import read_json
+from common.run.files import check, naming, read_json
 
+ROW = {"dimension": str, "success": [int], "episode_ids": [int], "hardware": str, "commit": str}
 OOD = ("vision", "semantics", "execution")
 ABOUT = """# Generalisation benchmark
 
@@ -117,13 +118,28 @@ def figure(policies):
     return fig
 
 
+def read_results(path):
+    """results.json of eval_ood.py: {"policies": {name: {"rows": {row: record}}}}."""
+    return read_json(path, like={"policies": {str: {"rows": {str: ROW}}}})
+
+
+def read_report(path):
+    """Policies of results.json, and report.md of them."""
+    policies = read_results(path)["policies"]
+    with naming(path, "evaluate again into another --output"):
+        whole = policies and all(entry["rows"] for entry in policies.values())
+        check(whole, f"policies = {list(policies)} are none, or one has no rows")
+        return policies, report_text(policies)
+
+
 def make(directory):
     """Write report.md and figure.png beside results.json."""
-    policies = read_json(Path(directory, "results.json"))["policies"]
-    Path(directory, "report.md").write_text(report_text(policies), encoding="utf-8")
+    policies, text = read_report(Path(directory, "results.json"))
+    Path(directory, "report.md").write_text(text, encoding="utf-8")
     figure(policies).savefig(Path(directory, "figure.png"), dpi=110)
     print(f"wrote report.md and figure.png in {directory}")
 
 
 if __name__ == "__main__":
+    check(len(sys.argv) == 2, __doc__)
     make(sys.argv[1])

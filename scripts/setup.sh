@@ -21,7 +21,7 @@ say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
 can_render() { # opens the renderer that the environment would use; prints which, or why not
-  "$VENV/bin/python" -c 'from common.simulation.renderer import check_renderer as c; print(c("cpu"))' 2>&1 |
+  "$VENV/bin/python" -c 'from scripts.renderer import check_renderer as c; print(c("cpu"))' 2>&1 |
     tail -n 1
 }
 nvidia_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }

@@ -22,9 +22,9 @@ from scripts.provenance import machine, short_names
 
 STATE, ARGS, LOG = "checkpoint-000001/training_state.pt", "args.json", "metrics.jsonl"
 DAMAGE = [  # file, what the error says, new content or what is lost
-    (STATE, "Ran out|EOF", b""), (STATE, "", b"PK"), (ARGS, "Expecting", b""),
+    (STATE, "Ran out|EOF", b""), (STATE, "", b"PK"), (ARGS, "Expecting", b""), (ARGS, "", b"[]"),
     (ARGS, "git-lfs pointer", b"version https://git-lfs"), (LOG, "remove the line", b"garbage\n"),
-    (STATE, "policy", ["policy"]), (STATE, "evaluations", ["evaluations"]),
+    (STATE, "policy", ["policy"]), (STATE, "evaluations", ["evaluations"]), (LOG, "", b"[]\n"),
     (STATE, "critic.*weight", ["critic", "weight"]), (STATE, "policy.*state", ["policy", "state"]),
 ]  # fmt: skip
 
@@ -73,7 +73,7 @@ def test_what_a_machine_lacks(begin, monkeypatch, capsys, tmp_path):  # noqa: F8
     run.run_dir = Path("runs/x").rename("runs/x y")
     run.close()
     assert shlex.split(capsys.readouterr().out.splitlines()[-1])[-1] == "runs/x y"
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1, free=0))
     monkeypatch.setattr(torch, "save", lambda *_: torch.zeros(2).view(3))
     refused("checkpoint-000000.*disk is full", run._save, "checkpoint")
     with pytest.raises(IndexError), naming(Path("x")):  # a mistake in the code is no file's

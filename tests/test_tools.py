@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.simulation import renderer
-from scripts import doctor
+from scripts import doctor, renderer
 from scripts.plan import plan
 
 

@@ -3,6 +3,7 @@ A model directory holds config.json, tokenizer.json and safetensors; a LoRA dire
 the action statistics, and base/ unless its base is on the hub."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from common.run.files import check, naming, read_json
+from common.run.files import check, check_types, naming, read_json
 
 TINY = Path(__file__).parents[2] / "tiny"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -45,25 +46,36 @@ def locate(start, named_by=""):
             where = f"neither a directory in {Path.cwd()} nor like the hub id openvla/openvla-7b"
             raise FileNotFoundError(f"{named_by}model {name!r} is {where}; random weights: tiny")
         patterns = ["*.safetensors", "*.json"]
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        with naming(Path(name), "is the hub id right, and the hub within reach?"):
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     weights = {path.name: keys_of(path) for path in sorted(folder.glob("*.safetensors"))}
-    norm_stats = read_json(folder / STATISTICS) if (folder / STATISTICS).is_file() else None
+    files = [path for path in (folder / STATISTICS, folder / "config.json") if path.is_file()]
+    norm_stats = read_statistics(files[0]) if files else None
     if (folder / ADAPTER_CONFIG).is_file():
         right = ADAPTER in weights and not any(name.startswith("model") for name in weights)
         check(right, f"{folder} has {list(weights)}; beside an adapter must be {ADAPTER}, no model")
-        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "(none)"
+        like = {"base_model_name_or_path": str}
+        base = read_json(folder / ADAPTER_CONFIG, like=like)["base_model_name_or_path"] or "(none)"
         named_by = f"{folder / ADAPTER_CONFIG} must name its base in base_model_name_or_path: "
         source = locate(folder / base if base == "base" else base, named_by)
         check(source.adapter is None, f"{folder} is an adapter on an adapter; merge {base} first")
         return source._replace(norm_stats=norm_stats or source.norm_stats, adapter=folder)
-    config = read_json(folder / "config.json")
-    # OpenVLA's fine-tuning leaves its base's statistics in config.json and writes the other file.
-    norm_stats = norm_stats or config.get("norm_stats")
+    config = read_json(folder / "config.json", like={"text_config": dict})
     check(norm_stats, f"{folder / 'config.json'} has no norm_stats; add it, or {STATISTICS}")
     read_json(folder / "tokenizer.json")
     name = "" if start == "tiny" else name
     check(weights or not name, f"{folder} has no safetensors; pickles can run code, none is read")
     return Source(name, config, norm_stats, folder)
+
+
+def read_statistics(path):
+    """Data set -> statistics of actions, of one of the two files that have them. OpenVLA's
+    fine-tuning leaves its base's in config.json and writes the other file, which wins."""
+    content = read_json(path)
+    norm_stats = content if path.name == STATISTICS else content.get("norm_stats") or {}
+    with naming(path, "copy the model again"):
+        check_types(norm_stats, {str: {"action": {"q01": [float], "q99": [float]}}}, "norm_stats")
+    return norm_stats
 
 
 def keys_of(path):
@@ -77,6 +89,9 @@ def choose_key(norm_stats, unnorm_key, assets=""):
     known = sorted(norm_stats)
     key = known[0] if not unnorm_key and len(known) == 1 else unnorm_key
     check(key in known, f"unnorm_key = {unnorm_key!r} is not the model's; use one of {known}")
+    numbers = norm_stats[key]["action"]["q01"] + norm_stats[key]["action"]["q99"]
+    right = len(numbers) == 14 and all(map(math.isfinite, numbers))
+    check(right, f"q01 and q99 of {key} are {numbers}, not 7 finite numbers each; copy them again")
     seen = norm_stats[key].get("assets", assets)
     check(assets in ("", seen), f"the model knows assets {seen!r}, not {assets!r}; change --model")
     return key
@@ -138,7 +153,8 @@ def read_model(source, dtype, device):
 
     from common.model.openvla import OpenVLA, OpenVLAConfig
 
-    config = OpenVLAConfig(**{**source.config, "norm_stats": source.norm_stats})
+    with naming(source.folder / "config.json", kinds=Exception):
+        config = OpenVLAConfig(**{**source.config, "norm_stats": source.norm_stats})
     if source.folder == TINY:
         model = OpenVLA(config).to(device)
     else:
@@ -157,7 +173,7 @@ def read_model(source, dtype, device):
     if source.adapter is None:
         return model, model
     base, path = model, source.adapter / ADAPTER
-    with naming(path, "it does not fit its base"):
+    with naming(path, "it does not fit its base", Exception):
         model = PeftModel.from_pretrained(base, source.adapter, is_trainable=True)
     # PEFT stores the weights of an adapted lm_head too, and RL4VLA's adapters cover unread layers.
     unread = "|".join([r"\.base_layer\.", *base.vision_backbone.unread])

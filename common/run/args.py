@@ -2,7 +2,6 @@
 A script's Args holds these groups beside its own flags; on the command line all flags are flat."""
 
 import importlib.util
-import math
 import os
 import shlex
 import sys
@@ -10,14 +9,14 @@ import time
 from argparse import ArgumentParser
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Literal, get_origin, get_type_hints
 
 import tyro
 
 from common.model.checkpoints import choose_key, locate
-from common.run.files import check, read_json
+from common.run.files import check, check_types, naming, read_json
 from common.simulation.env import SCENES, check_scene
-from common.simulation.renderer import check_simulator
+from scripts.renderer import check_simulator
 
 
 @dataclass
@@ -56,7 +55,7 @@ FIXED = """preset name seed eval_episodes task scene sim_device model unnorm_key
 MAY_BE_ZERO = """seed eval_every eval_episodes lora_rank reset_after_success learning_rate clip_low
     value_learning_rate value_warmup_iterations vf_coef ent_coef gamma gae_lambda clip_coef
     clip_high filter_low filter_high num_demos warmup_updates""".split()
-AT_MOST_ONE = "gamma gae_lambda filter_low filter_high".split()
+AT_MOST_ONE = "gamma gae_lambda filter_high noise_probability blunder_probability".split()
 
 
 def parse_args(args_class, presets, argv=None):
@@ -88,8 +87,11 @@ def saved_args(args_class, path, group=None):
     differ = sorted(saved.keys() ^ types.keys())
     check(not differ, f"{path} is of another script or version: the flags {differ} differ")
     for name, value in saved.items():
-        if is_dataclass(types[name]):
-            saved[name] = saved_args(types[name], path, value)
+        like = [str] if get_origin(types[name]) is tuple else types[name]
+        with naming(path, "start anew"):
+            check_types(value, dict if is_dataclass(like) else like, name)
+        if is_dataclass(like):
+            saved[name] = saved_args(like, path, value)
         elif isinstance(value, list):
             saved[name] = tuple(value)
     return args_class(**saved)
@@ -103,18 +105,23 @@ def flat(args):
     return flags
 
 
+def check_values(flags, defaults, may_be_zero=MAY_BE_ZERO):
+    """Refuse numbers that are negative, huge, not finite, or a senseless 0."""
+    for name, value in flags.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            most = 1 if name in AT_MOST_ONE else 2**32 - 1 if name == "seed" else 10**6
+            right = 0 < value <= most or (value == 0 and name in may_be_zero)
+            rule = f"{'>= 0' if name in may_be_zero else '> 0'} and <= {most}"
+            check(right, f"{name} = {value} must be {rule}; the default is {defaults[name]}")
+
+
 def check_args(args, presets, unused):
     """What all scripts refuse before a model or a simulator is loaded.
     unused: dict flag -> True where it does nothing and must keep its default; what it names
     (sim_device: the simulator, unnorm_key: the statistics) is not checked then."""
     flags, defaults, run = flat(args), flat(presets[args.run.preset]), args.run
-    for name, value in flags.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            check(math.isfinite(value), f"{name} = {value} must be finite")
-            least = ">= 0" if name in MAY_BE_ZERO else "> 0"
-            right = value > 0 or (value == 0 and name in MAY_BE_ZERO)
-            check(right, f"{name} = {value} must be {least}; the default is {defaults[name]}")
-            check(name not in AT_MOST_ONE or value <= 1, f"{name} = {value} must be <= 1")
+    check_values(flags, defaults)
+    check(flags.get("demos") != (), "demos is empty; give --demos a directory")
     for name, does_nothing in unused.items():
         given = flags[name] != defaults[name]
         check(not (given and does_nothing), f"{name} = {flags[name]} does nothing here; drop it")
@@ -124,7 +131,10 @@ def check_args(args, presets, unused):
     enough = not run.eval_every or run.eval_episodes >= ranks
     check(enough, f"eval_episodes = {run.eval_episodes} must be >= the {ranks} ranks")
     check(args.num_envs % ranks == 0, f"num_envs = {args.num_envs} must be a multiple of {ranks}")
-    check(folder.name == run.name, f"name = {run.name!r} must be one folder in runs/: no slashes")
+    samples, parts = args.num_envs * flags.get("num_steps", 1), flags.get("num_minibatches", 1)
+    check(parts <= samples, f"num_minibatches = {parts} must be <= the {samples} samples")
+    right = os.path.split(os.path.normpath(folder)) == ("runs", run.name)
+    check(right, f"name = {run.name!r} must be one folder in runs/: no slashes")
     right, again = run.resume or not any(folder.glob("checkpoint-*")), shlex.quote(str(folder))
     check(right, f"{folder} holds a run; use --resume {again}, or another --name")
     check(not run.track or importlib.util.find_spec("wandb"), "track = True: pip install wandb")

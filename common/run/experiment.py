@@ -19,13 +19,14 @@ import torch
 
 from common.model.checkpoints import load_vla, save_vla
 from common.run.evaluate import evaluate
-from common.run.files import check, naming, write_atomic
+from common.run.files import check, check_types, naming, write_atomic
 from common.run.metrics import peak_memory
 from common.run.ranks import gather_over_ranks, rank_and_world_size
 from scripts.pictures import draw_curves
 
 PROGRESS = ("iteration", "seconds", "evaluations")  # in a checkpoint's training state
 NUMBER = 6 * "[0-9]"  # of a checkpoint; a user's copy beside it has another name and stays
+DAMAGED = "a part is missing or damaged; use a copy, or start anew"
 STATUS = """train/success_at_end train/return losses/cross_entropy val/cross_entropy
     losses/approx_kl losses/frac_groups_dropped train/num_pairs rewards/margins
     eval/success_at_end charts/SPS system/peak_gpu_gb""".split()  # metrics in the status line
@@ -36,6 +37,19 @@ def find_checkpoint(run_dir, kind="checkpoint"):
     found = sorted(Path(run_dir).glob(f"{kind}-{NUMBER}"))
     check(found, f"{run_dir} holds no {kind}-NNNNNN; start a new run")
     return found[-1]
+
+
+def read_state(run_dir):
+    """Path and content of the latest checkpoint's training state; the rows of metrics.jsonl."""
+    path, log = find_checkpoint(run_dir) / "training_state.pt", Path(run_dir, "metrics.jsonl")
+    with naming(path, DAMAGED, Exception):  # of torch's reader
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        check_types(saved, {"iteration": int, "seconds": float, "evaluations": [float]})
+    with naming(log, "remove the line that is not JSON"):
+        lines = log.read_text(encoding="utf-8").splitlines(True) if log.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        check_types(rows, [{"iteration": int}])
+    return path, saved, rows
 
 
 def hold(run):
@@ -58,6 +72,8 @@ def load_start(run, model, device, **options):
     """The model that training starts from or, on --resume, continues. run, model: their flags."""
     if run.name or run.resume:  # else this is DPO's reference, which writes nothing
         hold(run)
+    if run.resume:
+        read_state(run.resume)  # before what takes long
     settings = dict(asdict(model), **options, seed=run.seed, device=device)
     start = settings.pop("model")
     return load_vla(find_checkpoint(run.resume) if run.resume else start, **settings)
@@ -73,11 +89,10 @@ class Experiment:
         self.run = args.run
         self.iteration, self.seconds, self.evaluations = 0, 0.0, []
         self.enabled = rank_and_world_size()[0] == 0
-        self.run_dir = hold(self.run)
+        self.run_dir, log = hold(self.run), []
         if self.run.resume:
-            path = find_checkpoint(self.run_dir) / "training_state.pt"
-            with naming(path, "a part is missing or damaged; use a copy, or start anew"):
-                saved = torch.load(path, map_location="cpu", weights_only=True)
+            path, saved, log = read_state(self.run_dir)
+            with naming(path, DAMAGED, Exception):
                 for key in PROGRESS:
                     setattr(self, key, saved[key])
                 for name, part in self.state.items():
@@ -85,25 +100,21 @@ class Experiment:
                     check(not wrong, f"weights of {name}: {wrong[:3]}")
                     part.load_state_dict({**part.state_dict(), **saved[name]})
         if self.enabled:
-            self._open()
+            self._open(log)
         if self.iteration == 0:
             self._log(self._evaluate() if self.run.eval_every else {}, step=0)
             self._save("checkpoint")
         self.started = time.time()
 
-    def _open(self):
+    def _open(self, log):
         from torch.utils.tensorboard import SummaryWriter
 
         config = asdict(self.args)
         config["run"]["resume"] = ""
         write_atomic(self.run_dir / "args.json", json.dumps(config, indent=1, allow_nan=False))
         # A resumed run drops what it logged after its checkpoint; a new run begins with nothing
-        path, kept = self.run_dir / "metrics.jsonl", []
-        if self.run.resume and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(True)
-            with naming(path, "remove the line that is not JSON"):
-                lines = [line for line in lines if line.endswith("\n")]
-                kept = [line for line in lines if json.loads(line)["iteration"] <= self.iteration]
+        path = self.run_dir / "metrics.jsonl"
+        kept = [json.dumps(row) + "\n" for row in log if row["iteration"] <= self.iteration]
         write_atomic(path, "".join(kept))
         self.file = path.open("a", buffering=1, encoding="utf-8")
         self.tensorboard = SummaryWriter(str(self.run_dir))

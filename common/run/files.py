@@ -5,6 +5,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from pickle import PickleError
+from typing import get_args
 
 from safetensors import SafetensorError
 
@@ -20,26 +21,43 @@ def check(condition, message):
 
 
 @contextmanager
-def naming(path, fix="is it whole?"):
-    """FILE_ERRORS inside become a ValueError (FileNotFoundError) with file, reason and fix."""
+def naming(path, fix="is it whole?", kinds=FILE_ERRORS):
+    """Errors of these kinds become a ValueError (FileNotFoundError) with file, reason and fix."""
     try:
         yield
-    except FILE_ERRORS as error:
+    except kinds as error:
         why = str(error) or repr(error)
         folder = next(folder for folder in path.parents if folder.is_dir())
         if path.is_file() and path.stat().st_size < 1000 and b"git-lfs" in path.read_bytes():
             why = "it is a git-lfs pointer, which `git lfs pull` would replace"
         if isinstance(error, BlockingIOError):
             fix = "another process has it open: wait for its end, or choose another name"
-        if shutil.disk_usage(folder).free < 2**20:
+        if (disk := shutil.disk_usage(folder)).total and disk.free < 2**20:
             fix = "the disk is full"
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"{path}: {why}; {fix}") from error
 
 
-def read_json(path, fix="is it whole?"):
+def read_json(path, fix="is it whole?", like=dict):
     with naming(path, fix):
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        check_types(content, like)
+        return content
+
+
+def check_types(value, like, name="its content"):
+    """ValueError unless JSON's value is like a class, a union, a Literal, [of all in a list], or
+    {key: of its value}, where the key `str` stands for all."""
+    kinds = (type(like),) if isinstance(like, (dict, list)) else get_args(like) or (like,)
+    right = type(value) in kinds or value in kinds or (type(value) is int and float in kinds)
+    check(right, f"{name} = {value!r:.60} must be {like}")
+    if isinstance(like, list):
+        for part in value:
+            check_types(part, like[0], name)
+    elif isinstance(like, dict):
+        for key in value if str in like else like:
+            check(key in value, f"{name} has no {key}")
+            check_types(value[key], like.get(key, like.get(str)), key)
 
 
 def write_atomic(path, text):

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import sapien
@@ -19,6 +18,7 @@ from sapien.physx import PhysxMaterial
 from sapien.render import RenderMaterial
 
 from common.run.files import check, naming, read_json
+from scripts.asset_files import check_whole
 
 FRICTION = (1.0, 1.0, 0.0)  # static, dynamic, restitution of objects and receptacles
 FOLDER = Path(__file__).parent
@@ -124,26 +124,6 @@ def _part(shape, size, at=(0, 0, 0), color=None, yaw=0):
 
 # --- bridge ---
 FILES_IN = re.compile(rb'(?:filename="|<init_from>|\nmtllib |\nmap_Kd )([^"<\r\n]+\.\w+)')
-
-
-def check_whole(path):
-    """An error unless the file has the form of its kind. What SAPIEN cannot read it may leave out
-    with only a log line, and a mesh that was cut is a smaller one to it."""
-    data, kind, whole = path.read_bytes(), path.suffix, True
-    if kind == ".png":
-        Image.open(path).verify()  # checksums, 25 times as fast as a load
-    elif kind in (".urdf", ".srdf", ".dae"):
-        ElementTree.fromstring(data)
-    elif kind == ".glb":
-        whole = int.from_bytes(data[8:12], "little") == len(data)
-    elif kind == ".stl":
-        binary = 84 + 50 * int.from_bytes(data[80:84], "little")
-        whole = binary == len(data) or b"endsolid" in data[-99:]
-    elif kind == ".obj":  # all published meshes use each of their vertices
-        corners = set(re.findall(rb" (\d+)", b"".join(re.findall(rb"\nf( .*)", data))))
-        vertices = set(range(1, (b"\n" + data).count(b"\nv ") + 1))
-        whole = vertices and set(map(int, corners)) == vertices and data.endswith(b"\n")
-    check(whole and data[:7] not in (b"", b"version"), f"no whole {kind}: {len(data)} bytes")
 
 
 @cache

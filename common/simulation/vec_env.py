@@ -85,6 +85,8 @@ class VectorEnv:
         self._simulate(actions)
         now = {name: values.copy() for name, values in self.scalars.items()}
         now["reward"][~self.active] = 0.0
+        finite = np.isfinite(now["reward"]).all() and np.isfinite(self.states).all()
+        check(finite, "the simulator's reward or state is not finite; --resume, or another --seed")
         success = now["success"].astype(bool)
         self.returns += now["reward"]
         self.success_steps = np.where(success, self.success_steps + 1, 0)
@@ -190,6 +192,7 @@ class CpuEnvs(VectorEnv):
             who = f"environment worker {number} (environments {envs[0]} to {envs[-1]})"
             # In slices: a run that was suspended loses one of them, not all
             if not any(wait([pipe, process.sentinel], TIMEOUT_S / 100) for _ in range(100)):
+                process.kill()  # the end of this process would wait for it
                 raise RuntimeError(f"{who}, process {process.pid}, gave no answer in {TIMEOUT_S} s")
             try:
                 kind, answer = pipe.recv()
@@ -259,8 +262,7 @@ class GpuEnvs(VectorEnv):
         self.set_task = self.env.set_task
 
     def _begin(self, ids):
-        if len(ids) != self.active.sum():
-            raise ValueError(f"{len(ids)} of {self.active.sum()} episodes: on a GPU all begin")
+        check(len(ids) == self.active.sum(), f"{len(ids)} episodes: on a GPU all active ones begin")
         # Where a stream is exhausted, another episode is repeated and not counted
         every = np.resize(list(ids.values()), self.num_envs)
         every[list(ids)] = list(ids.values())
