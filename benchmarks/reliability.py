@@ -170,7 +170,8 @@ def bad_input():
             else:
                 status, output, cpu_s = forked(words)
             message = re.split(r"\n  .*\n(?! )", output)[-1].strip()  # without the traceback
-            plain = re.sub(r"[\s│]+", " ", message)
+            message = message.replace(f"{ROOT}/", "").replace(os.getcwd(), "TEMP")
+            plain = re.sub(r"[\s│─╭╮╰╯]+", " ", message)
             missing = [word for word in wanted.split("; ") if word.lower() not in plain.lower()]
             row = {"command": command, "status": status, "cpu_s": round(cpu_s, 2)}
             row.update(late=late, model="THE MODEL STARTS" in output, missing=missing)
