@@ -163,7 +163,7 @@ def test_which_statistics_and_config_hold(copied, tmp_path):
     model = load_vla(copied)
     assert model.unnorm_key == "my_robot" and list(model.config.norm_stats) == ["my_robot"]
     refused("'bridge_orig'.*my_robot", load_vla, copied, unnorm_key="bridge_orig")
-    stats = {"a": {"assets": "primitive"}, "b": {}}
+    stats = {"a": mine | {"assets": "primitive"}, "b": mine}
     assert choose_key(stats, "a", "primitive") == choose_key(stats, "a") == "a"
     assert choose_key(stats, "b", "bridge") == "b"
     for key, assets, named in (("", "", "'a', 'b'"), ("c", "", "'c'"), ("a", "bridge", "primi")):

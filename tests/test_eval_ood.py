@@ -112,7 +112,7 @@ REFUSED = """--policy model; --policy zero zero; --policy gone.py:act; --policy 
     --checkpoint tiny --unnorm-key other; --checkpoint runs/no-such-run; --checkpoint OPENVLA
     --checkpoint WARMUP --scene published; --policy zero --seed 4294967296
     --checkpoint WARMUP OTHER-SCENE"""
-NAMED = {"published": "bridge", "OPENVLA": "--scene", "OTHER-SCENE": "cuda", "4294967296": "Seed"}
+NAMED = {"published": "bridge", "OPENVLA": "--scene", "OTHER-SCENE": "cuda"}
 
 
 @pytest.mark.parametrize("flags", re.split("[;\n] *", REFUSED))
