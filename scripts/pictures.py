@@ -43,4 +43,6 @@ def write_video(path, frames, instruction, fps=5):
             draw.rectangle((0, 0, picture.width, 28), fill="black")
             draw.text((8, 4), instruction, fill="white", font=font)
             writer.append_data(np.asarray(picture))
+    with naming(path, fix):
+        imageio.get_reader(temporary).close()  # where the disk is full, ffmpeg does not say so
     os.replace(temporary, path)
