@@ -19,6 +19,7 @@ from common.simulation.episodes import evaluation_ids, held_out
 from demonstrations.expert import STEP_M, STEP_RAD, Expert, grasp, quantise
 from demonstrations.reader import action_statistics, load_demos, moving_steps, read_header
 from demonstrations.record import Args, check_args, write_episode
+from scripts.to_lerobot import read_episodes
 
 
 def test_speeds_and_grasps_of_the_expert():
@@ -109,7 +110,11 @@ def test_mistakes_are_executed_but_not_imitated(tmp_path):
     """Stops labels with noise, which are the expert's clean answers, and blunders of no effect."""
     disturb = dict(action_noise=0.02, noise_probability=0.2, blunder_probability=0.04)
     record(tmp_path, num_demos=3, num_envs=3, max_episode_steps=60, **disturb)
-    labels = load_demos(tmp_path).actions
+    data = load_demos(tmp_path)
+    labels = data.actions
+    instructions, *parts = zip(*read_episodes(tmp_path), strict=True)  # lerobot gets the same
+    assert list(instructions) == data.instructions
+    assert all(map(np.array_equal, map(np.concatenate, parts), (labels, data.images)))
     with h5py.File(tmp_path / "trajectory.h5") as file:
         groups = [file[f"traj_{k}"] for k in range(3)]
         assert all(group["success"][-1] for group in groups)
