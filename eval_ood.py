@@ -54,7 +54,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the model
     scene: Literal["small", "published"] | None = None  # None here and below = as in training
     sim_device: Literal["cpu", "cuda"] | None = None
-    dtype: Literal["float32", "bfloat16"] | None = None  # on a CPU None is float32
+    dtype: Literal["float32", "bfloat16", "nf4"] | None = None  # on a CPU None is float32
     unnorm_key: str | None = None  # action statistics
 
 

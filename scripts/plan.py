@@ -61,6 +61,8 @@ def plan(script, argv):
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     width = 4 if s["dtype"] == "float32" else 2
+    matrices = (m.weight for m in model.modules() if isinstance(m, torch.nn.Linear))
+    small = sum(w.numel() for w in matrices if not w.requires_grad) * (s["dtype"] == "nf4")
     layers = text.num_hidden_layers * text.hidden_size
     norms = sum(part.weight.numel() for name, part in eyes.named_modules() if "norm1" in name)
     patches = max(p.shape[1] for name, p in eyes.named_parameters() if "pos_embed" in name)
@@ -68,7 +70,8 @@ def plan(script, argv):
     saved = layers * (patches + 40) + (0 if s["freeze_vision"] else norms * patches)
     saved *= (1 if s["activation_checkpointing"] else 17) * min(s["micro_batch_size"], minibatch)
     plan["million weights"] = f"{total / 1e6:,.1f}, trains {trained / 1e6:,.1f}"
-    plan["GB of weights"] = ((total - trained) * width + 4 * trained) / 1e9
+    four_bits = 4.5 / 8 * small  # with one float32 scale per 64 weights
+    plan["GB of weights"] = ((total - trained - small) * width + 4 * trained + four_bits) / 1e9
     plan["GB of gradients and Adam"] = 12 * trained / 1e9
     plan["GB of activations in an update"] = saved * width / 1e9
     plan["GB of cache in acting"] = 2 * s["num_envs"] * layers * (patches + 47) * width / 1e9

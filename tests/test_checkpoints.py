@@ -94,6 +94,26 @@ def test_lora_that_is_continued(tmp_path):
     refused("8.*4", load_vla, tmp_path / "second", lora_rank=8)
 
 
+def test_four_bits_are_close_and_learn(tmp_path):
+    """Stops matrices that are not quantised, trained ones that are, an adapter that is not saved,
+    and weights that acting rearranges, so that others are scored."""
+    pytest.importorskip("bitsandbytes")
+    start = "checkpoints/tiny-warmup"
+    exact = load_vla(start, dtype="bfloat16", lora_rank=4, freeze_vision=True)
+    model = load_vla(start, dtype="nf4", lora_rank=4, freeze_vision=True)
+    assert 0.01 < np.abs(outputs(model) - outputs(exact)).mean() < 0.4  # nats per token
+    assert sum(p.dtype == torch.uint8 for p in model.parameters()) >= 7 * 3
+    tokens, logprobs, _ = model.act(PICTURES, INSTRUCTIONS)
+    scored = model.evaluate_actions(PICTURES, INSTRUCTIONS, tokens)[0].sum(1)
+    assert torch.allclose(scored, logprobs, atol=1e-3)
+    scored.sum().backward()
+    assert {p.dtype for p in trainable_parameters(model)} == {torch.float32}
+    assert all(p.grad is not None for p in trainable_parameters(model))
+    save_vla(disturb(model), tmp_path / "saved")
+    assert same(outputs(load_vla(tmp_path / "saved", dtype="nf4")), outputs(model))
+    refused("use LoRA", load_vla, start, dtype="nf4")
+
+
 def plain_model(directory):
     """As somebody reads it who knows transformers only."""
     model = OpenVLA.from_pretrained(str(directory), dtype=torch.float32)

@@ -104,7 +104,8 @@ def load_vla(
 ):  # fmt: skip
     """Read or make a model: an OpenVLA or, with LoRA, a PeftModel around it; in eval mode.
     start: as in `locate`; "tiny" has random weights. dtype: of matmuls and frozen weights; trained
-    ones are float32. lora_rank: 0 trains the adapter that is there, or else all weights.
+    ones are float32; "nf4" is bfloat16 with frozen matrices in 4 bits (QLoRA, Dettmers et al. 2023,
+    by bitsandbytes). lora_rank: 0 trains the adapter that is there, or else all weights.
     merge_adapter: add that adapter to the weights. seed: of new weights. Raises ValueError,
     FileNotFoundError: a file, key or shape that is not right."""
     from peft import LoraConfig, get_peft_model
@@ -115,6 +116,8 @@ def load_vla(
         rank = read_json(source.adapter / ADAPTER_CONFIG).get("r")
         check(lora_rank in (0, rank), f"lora_rank = {lora_rank}; {start} has {rank}: use it or 0")
     full = trainable and not lora_rank and (merge_adapter or source.adapter is None)
+    stay = source.folder != TINY and not (full or merge_adapter)
+    check(dtype != "nf4" or stay, f"dtype = nf4: weights of {start} are not frozen; use LoRA")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, base = read_model(source, "float32" if full else dtype, device)
@@ -129,7 +132,7 @@ def load_vla(
                 exclude_modules=EYES if freeze_vision else None, init_lora_weights="gaussian",
             )  # fmt: skip
             model = get_peft_model(base, config)
-    base.compute_dtype = getattr(torch, dtype)
+    base.compute_dtype = torch.bfloat16 if dtype == "nf4" else getattr(torch, dtype)
     if unnorm_key or len(source.norm_stats) == 1:
         base.unnorm_key = choose_key(source.norm_stats, unnorm_key)
     base.activation_checkpointing = activation_checkpointing
@@ -137,7 +140,8 @@ def load_vla(
         # A copy: kernels may round differently in a file's memory map, which is not aligned.
         # model.to(dtype) would round the rotary frequencies too.
         wanted = torch.float32 if parameter.requires_grad else base.compute_dtype
-        parameter.data = parameter.data.to(wanted, copy=True)
+        if parameter.is_floating_point():  # not 4 bits
+            parameter.data = parameter.data.to(wanted, copy=True)
     if freeze_vision:
         base.vision_backbone.requires_grad_(False)
         base.projector.requires_grad_(False)
@@ -150,6 +154,7 @@ def load_vla(
 def read_model(source, dtype, device):
     """The model, in a PeftModel where there is an adapter, and itself; new weights are float32."""
     from peft import PeftModel, get_peft_model_state_dict
+    from transformers import BitsAndBytesConfig
 
     from common.model.openvla import OpenVLA, OpenVLAConfig
 
@@ -158,10 +163,16 @@ def read_model(source, dtype, device):
     if source.folder == TINY:
         model = OpenVLA(config).to(device)
     else:
+        bf16 = "bfloat16"
+        four_bits = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=bf16)
+        four_bits = BitsAndBytesConfig(**four_bits, llm_int8_skip_modules=["lm_head"])
         model, info = OpenVLA.from_pretrained(
-            source.folder, config=config, dtype=dtype, device_map=torch.device(device),
-            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+            source.folder, config=config, dtype=bf16 if dtype == "nf4" else dtype,
+            quantization_config=four_bits if dtype == "nf4" else None, use_safetensors=True,
+            device_map=torch.device(device), ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
+        for module in model.modules():  # else acting on a CPU repacks what an update then misreads
+            module.support_avx512bf16_for_cpu = False
         wrong = {kind: sorted(keys)[:3] for kind, keys in info.items() if keys}
         check(not wrong, f"{source.folder}/model*.safetensors: {wrong}")
     model.name_or_path = source.name
@@ -225,8 +236,7 @@ def save_vla(model, directory, add=None):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def link_files(start, target):
-    """A model in a second directory, which may outlive the first: no copies on one disk."""
+def link_files(start, target):  # which may outlive the start
     target.mkdir()
     for path in (*start.glob("*.safetensors"), *start.glob("*.json")):
         try:

@@ -92,7 +92,6 @@ def evaluate(model, envs, task, num_episodes, video_stem=None, num_videos=2):
     return metrics
 
 
-def wilson(k, n):
-    """Wilson's 95 % interval (low, high) of the success rate k / n."""
+def wilson(k, n):  # 95 % interval (low, high) of the success rate k / n
     interval = binomtest(int(k), int(n)).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)

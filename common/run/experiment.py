@@ -132,8 +132,7 @@ class Experiment:
         print(f"{self.run_dir} | {self.args.model.model} on {self.model.device}; {self.args.scene}")
         print(f"trains {trained:.2f} M weights; matmuls in {self.args.model.dtype}", flush=True)
 
-    def due(self, iteration):
-        """Whether this iteration ends with an evaluation."""
+    def due(self, iteration):  # for an evaluation at its end
         last = iteration == self.args.num_iterations
         return self.run.eval_every > 0 and (last or iteration % self.run.eval_every == 0)
 

@@ -11,14 +11,12 @@ class Means:
     def __init__(self):
         self.sums, self.counts = {}, {}
 
-    def add(self, name, values):
-        """values: tensor of any shape, or a number."""
+    def add(self, name, values):  # a tensor of any shape, or a number
         values = torch.as_tensor(values).detach().double()
         self.sums[name] = self.sums.get(name, 0.0) + values.sum().item()
         self.counts[name] = self.counts.get(name, 0) + values.numel()
 
-    def means(self, prefix=""):
-        """dict prefix + name -> mean."""
+    def means(self, prefix=""):  # dict prefix + name -> mean
         means = {}
         parts = gather_over_ranks((self.sums, self.counts))
         for name in dict.fromkeys(name for sums, _ in parts for name in sums):

@@ -12,13 +12,11 @@ import torch.distributed as dist
 from common.run.files import check
 
 
-def cores():
-    """How many cores this process may use."""
+def cores():  # that this process may use
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def cores_per_rank():
-    """Share of this machine's cores, at least one."""
+def cores_per_rank():  # at least one
     here = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
     return max(1, cores() // int(here))
 
@@ -47,8 +45,7 @@ def rank_and_world_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def sum_over_ranks(tensor):
-    """The tensor, replaced by its sum over ranks."""
+def sum_over_ranks(tensor):  # in place
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor

@@ -75,8 +75,7 @@ class PutOnReceptacleEnv(BaseEnv):
         physics["gpu_memory_config"] = {"collision_stack_size": 64 * 2**20}
         super().__init__(*args, robot_uids=robot, sim_config=physics, **settings)
 
-    def set_task(self, task, split):
-        """Draw the next episodes from another task of the same pack."""
+    def set_task(self, task, split):  # of the next episodes
         num_configurations(task, split, self.fidelity)
         self.task, self.split = task, split
 

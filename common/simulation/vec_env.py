@@ -165,8 +165,7 @@ class CpuEnvs(VectorEnv):
         states = self._call("privileged_state")
         return {key: np.concatenate([state[key] for state in states]) for key in states[0]}
 
-    def set_task(self, task, split):
-        """The next episodes are of this task."""
+    def set_task(self, task, split):  # of the next episodes
         self._call("set_task", task, split)
 
     def close(self):
