@@ -69,47 +69,14 @@ def test_counts_names_and_pictures(name):
                 np.testing.assert_allclose(body.bbox_max[2], height / 2)
 
 
-def test_primitive_objects_stay_where_they_are_put():
-    """Stops a rolling or toppling object: after 1.3 s each lies within 5 mm, upright."""
-    pack, scene = load_pack("primitive"), sapien.Scene()
-    scene.set_timestep(1 / 250)
-    table = scene.create_actor_builder()
-    pack.build_table(table)
-    table.build_static(name="arena")
-    placed = []
-    for index, body in enumerate(pack.objects):
-        for turn in range(4):
-            place = [0.2 * (index % 10) - 0.9, 0.2 * (4 * (index // 10) + turn) - 1.1, 0.95]
-            half = turn * np.pi / 8
-            start = sapien.Pose(place, [np.cos(half), 0, 0, np.sin(half)])
-            placed.append((body, start, build(scene, pack, "object", index, start)))
-    for _ in range(325):
-        scene.step()
-    for body, start, entity in placed:
-        moved = start.inv() * entity.pose
-        assert np.hypot(*moved.p[:2]) < 0.005, body.name
-        assert moved.to_transformation_matrix()[2, 2] > 0.999, body.name
-        assert abs(entity.pose.p[2] + body.bbox_min[2] - 0.870) < 0.001, body.name
-
-
 @packs
-def test_the_gripper_grasps(name):
-    """Stops a robot file with wrong limits, pads or signs, and episodes about a fallen object."""
+def test_an_object_that_falls_is_an_error(name):
+    """Stops a turned robot, and episodes about an object that lies below the table."""
     env = make_env(assets=name)
     env.reset(options={"episode_ids": [0]})
-    agent, tcp = env.agent, env.agent.robot.links_map["ee_gripper_link"]
-    down = tcp.pose.to_transformation_matrix()[0, :3, 0].numpy()
+    tcp = env.agent.robot.links_map["ee_gripper_link"].pose
+    down = tcp.to_transformation_matrix()[0, :3, 0].numpy()
     assert np.rad2deg(np.arccos(-down[2])) == pytest.approx(3.3, abs=0.1)
-    start = sapien.Pose([-0.1451, 0.0341, 0.8895])
-    block = build(env.scene, load_pack("primitive"), "object", 14, start)  # toy block, 38 mm
-    for goal, gripper, steps in ((0.890, 1.0, 6), (0.890, -1.0, 3), (0.990, -1.0, 6)):
-        for _ in range(steps):
-            z = float(np.clip(goal - tcp.pose.p[0, 2].item(), -0.03, 0.03))
-            env.step(np.array([[0, 0, z, 0, 0, 0, gripper]], dtype=np.float32))
-        assert bool(agent.is_grasping(block)[0]) == (gripper < 0)
-    assert block.pose.p[0, 2].item() > 0.95
-    # 38 mm + twice the pads
-    assert agent.robot.qpos[0, -2:].sum().item() == pytest.approx(0.0590, abs=0.002)
     env.arena._objs[0].set_pose(sapien.Pose([0, 0, -5]))  # as where no collision shape was read
     refused("object of .*fell", env.reset, options={"episode_ids": [0]})
     env.close()
