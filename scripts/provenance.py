@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from common.model.checkpoints import locate
-from common.run.experiment import NUMBER
 from common.run.files import read_json
+
+NUMBER = 6 * "[0-9]"  # of a checkpoint; a user's copy beside it has another name and stays
 
 
 def find_model(start):

@@ -40,7 +40,7 @@ class Args:
     source: tyro.conf.Positional[str]  # a run, a checkpoint, or a directory of demonstrations
     repo_id: tyro.conf.Positional[str]  # USER/NAME on the hub
     results: str = ""  # directory of eval_ood.py in which this checkpoint was evaluated
-    note: str = ""  # for the card: machine and commit of the training, which no file names
+    note: str = ""  # for the card, about the training of a model that is no run's
     dry_run: str = ""  # a new directory, which gets what would be uploaded
 
 
@@ -94,6 +94,12 @@ def training_command(path):
 def training(model):
     """dict of what the run recorded of this checkpoint."""
     rows, path, log = {}, model / "args.json", model.parent / "metrics.jsonl"
+    starts = model.parent / "machines.jsonl"
+    if starts.is_file():
+        for line in starts.read_text(encoding="utf-8").splitlines():
+            start = json.loads(line)
+            name = f"machine, commit, from iteration {start['iteration']}"
+            rows[name] = f"{start['hardware']}, {start['commit']}"
     if path.is_file():
         flags = read_json(path)
         rows.update(command=f"`{training_command(path)}`", start=flags["model"]["model"])
@@ -160,7 +166,7 @@ def write(args, kind, source, folder):
         name, entry = evaluated(Path(args.results, "results.json"), source)
     make_card = model_card if kind == "model" else dataset_card
     data, values = make_card(source, title, entry)
-    values.update(title=title, repo_id=args.repo_id, note=args.note or "not recorded")
+    values.update(title=title, repo_id=args.repo_id, note=args.note)
     shutil.copytree(source, folder, ignore=left_out, dirs_exist_ok=True)
     template = Path(__file__).with_name(f"{kind}_card.md")
     hub.RepoCard.from_template(data, str(template), **values).save(folder / "README.md")

@@ -1,6 +1,7 @@
 """A training run on disk: its directory, log, evaluations and checkpoints.
-runs/NAME holds args.json, metrics.jsonl, TensorBoard's file, checkpoint-000012, best-000010,
-videos/ and curve.png. A checkpoint is a directory that appears whole or not at all."""
+runs/NAME holds args.json, metrics.jsonl, machines.jsonl (commit and hardware of every start),
+TensorBoard's file, checkpoint-000012, best-000010, videos/ and curve.png. A checkpoint is a
+directory that appears whole or not at all."""
 
 import json
 import math
@@ -23,9 +24,9 @@ from common.run.files import check, check_types, naming, write_atomic
 from common.run.metrics import peak_memory
 from common.run.ranks import gather_over_ranks, rank_and_world_size
 from scripts.pictures import draw_curves
+from scripts.provenance import NUMBER, machine
 
 PROGRESS = ("iteration", "seconds", "evaluations")  # in a checkpoint's training state
-NUMBER = 6 * "[0-9]"  # of a checkpoint; a user's copy beside it has another name and stays
 DAMAGED = "a part is missing or damaged; use a copy, or start anew"
 STATUS = """train/success_at_end train/return losses/cross_entropy val/cross_entropy
     losses/approx_kl losses/frac_groups_dropped train/num_pairs rewards/margins
@@ -112,6 +113,8 @@ class Experiment:
         config = asdict(self.args)
         config["run"]["resume"] = ""
         write_atomic(self.run_dir / "args.json", json.dumps(config, indent=1, allow_nan=False))
+        with (self.run_dir / "machines.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"iteration": self.iteration, **machine()}) + "\n")
         # A resumed run drops what it logged after its checkpoint; a new run begins with nothing
         path = self.run_dir / "metrics.jsonl"
         kept = [json.dumps(row) + "\n" for row in log if row["iteration"] <= self.iteration]
@@ -203,9 +206,8 @@ class Experiment:
         if self.wandb:
             self.wandb.finish()
         draw_curves(self.run_dir, *curves)
-        successes = " -> ".join(f"{value:.3f}" for value in self.evaluations)
-        hours = timedelta(seconds=self.seconds // 1)
-        print(f"success at end: {successes or 'not evaluated'}; time: {hours}")
+        successes = " -> ".join(f"{value:.3f}" for value in self.evaluations) or "not evaluated"
+        print(f"success at end: {successes}; time: {timedelta(seconds=self.seconds // 1)}")
         print(f"{self.run_dir} has curve.png, videos/, metrics.jsonl and checkpoints; next:")
         script = Path(sys.argv[0]).with_name("eval_ood.py")
         print(shlex.join(["python", str(script), "--checkpoint", str(self.run_dir)]))
