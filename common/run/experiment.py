@@ -1,7 +1,6 @@
 """A training run on disk: its directory, log, evaluations and checkpoints.
-runs/NAME holds args.json, metrics.jsonl, machines.jsonl (commit and hardware of every start),
-TensorBoard's file, checkpoint-000012, best-000010, videos/ and curve.png. A checkpoint is a
-directory that appears whole or not at all."""
+runs/NAME holds args.json, metrics.jsonl, machines.jsonl of every start, TensorBoard's file,
+checkpoint-000012, best-000010, videos/, curve.png. A checkpoint appears whole or not at all."""
 
 import json
 import math
@@ -156,8 +155,7 @@ class Experiment:
             begin = f"iter {iteration:03d}/{self.args.num_iterations}"
             print(" | ".join([begin, *parts, f"eta {timedelta(seconds=left)}"]), flush=True)
 
-    def _evaluate(self):
-        """The best checkpoint is chosen here and on nothing else."""
+    def _evaluate(self):  # the best checkpoint is chosen here and on nothing else
         stem = self.run_dir / "videos" / f"{self.iteration:06d}"
         task = self.args.scene.task
         metrics = evaluate(self.model, self.envs, task, self.run.eval_episodes, stem)

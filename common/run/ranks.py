@@ -1,6 +1,7 @@
 """Processes of torchrun ("ranks"), seeds and minibatches.
 Without torchrun there is one rank, and functions over ranks return their input."""
 
+import atexit
 import os
 import random
 from datetime import timedelta
@@ -34,6 +35,7 @@ def setup_ranks(device="auto", seed=0):
         # NCCL's 10 minutes are too few where rank 0 downloads or writes 15 GB
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=1))
+        atexit.register(dist.destroy_process_group)  # else gloo's threads may abort at the end
     torch.set_num_threads(cores_per_rank())
     random.seed(seed)
     np.random.seed(seed)
