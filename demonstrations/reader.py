@@ -102,9 +102,8 @@ def read_header(directory):
         check_types(settings, {"scene": str, "split": str})
         settings.setdefault("fidelity", SCENES[settings["scene"]]["fidelity"])
         check_types(settings, {"fidelity": str})
-        scene_numbers(
-            settings["task"], settings["split"], [], settings["fidelity"]
-        )  # it knows them
+        where = settings["task"], settings["split"], [], settings["fidelity"]
+        scene_numbers(*where)  # refuses what it does not know
         check(header["episodes"], "it has no episodes")
     with naming(path, kinds=Exception):
         file = h5py.File(path)
@@ -121,9 +120,8 @@ def labels_of(file, entry):
         group = file[name]
         key = "expert_actions" if "expert_actions" in group else "actions"
         kind, shape = group[key].dtype.kind, group[key].shape
-        check(
-            kind == "f" and shape == rule, f"{key} is {shape} of kind {kind}, not {rule} of floats"
-        )
+        right = kind == "f" and shape == rule
+        check(right, f"{key} is {shape} of kind {kind}, not {rule} of floats")
         actions = np.asarray(group[key], dtype=np.float32)
         check(np.isfinite(actions).all(), f"{key} has numbers that are not finite")
         return actions

@@ -42,7 +42,7 @@ class Scene:
 class Model:
     model: str = "checkpoints/tiny-warmup"  # model or LoRA directory, hub id, or tiny (random)
     unnorm_key: str = ""  # action statistics; empty = the model's only ones
-    dtype: Literal["float32", "bfloat16", "nf4"] = "float32"  # of matmuls; nf4: frozen weights, too
+    dtype: Literal["float32", "bfloat16", "nf4"] = "float32"  # of matmuls; nf4: 4-bit weights, too
     lora_rank: int = 0  # 0 = train all weights
     freeze_vision: bool = True  # vision and projector are not trained
     activation_checkpointing: bool = False  # less memory, updates about 30 % slower
