@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo pretrained warmup test test-long lint format doctor docs lock clean
+.PHONY: help setup demo pretrained warmup test test-long lint format doctor docs extras lock clean
 help:
 	@echo "make demo       trains PPO for a few iterations and says where curve and video are"
 	@echo "make test       ruff and the tests (arguments for pytest: PYTEST_ARGS='-k gae')"
@@ -67,7 +67,11 @@ PYTEST = $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 test: lint
 	$(PYTEST) -m "not long" $(PYTEST_ARGS)
 
-test-long: lint
+# what the tests of optional parts need; with bitsandbytes every run prints a line about it
+extras: setup
+	$(PY) -m pip install --quiet --constraint scripts/constraints.txt --editable '.[docs,quantize]'
+
+test-long: lint extras
 	$(PYTEST) -m "long or not long" $(PYTEST_ARGS)
 
 lint: setup
@@ -85,7 +89,7 @@ docs: setup
 	$(PY) -m mkdocs build --strict
 
 # exact versions of what is installed now; without a GPU, so that no CUDA package is listed
-lock: docs
+lock: extras
 	$(PY) -m pip freeze --exclude-editable | sed 's/+cpu$$//' > scripts/constraints.txt
 
 # the environment and caches; never runs/ or checkpoints/
