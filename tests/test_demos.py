@@ -76,7 +76,7 @@ def test_what_is_recorded_is_read(tmp_path):
         for group in file.values():
             frames = group["obs/sensor_data/3rd_view_camera/rgb"]
             assert len(frames) == len(group["actions"]) + 1
-    assert data.images.shape == (len(data.actions), 120, 160, 3)
+    assert data.images.shape == (len(data.actions), 60, 80, 3)
     assert data.images.dtype == np.uint8 and data.images.std() > 20
     both = load_demos([recorded_demos()] * 2, num_demos=3)
     assert both.sources.tolist() == [0] * 3 + [1] * 3 and len(both.scenes) == 6
@@ -109,14 +109,14 @@ def test_maniskill_replays_the_file(tmp_path):
 def test_mistakes_are_executed_but_not_imitated(tmp_path):
     """Stops labels with noise, which are the expert's clean answers, and blunders of no effect."""
     disturb = dict(action_noise=0.02, noise_probability=0.2, blunder_probability=0.04)
-    record(tmp_path, num_demos=3, num_envs=3, max_episode_steps=60, **disturb)
+    record(tmp_path, num_demos=6, num_envs=6, max_episode_steps=60, **disturb)
     data = load_demos(tmp_path)
     labels = data.actions
     instructions, *parts = zip(*read_episodes(tmp_path), strict=True)  # lerobot gets the same
     assert list(instructions) == data.instructions
     assert all(map(np.array_equal, map(np.concatenate, parts), (labels, data.images)))
     with h5py.File(tmp_path / "trajectory.h5") as file:
-        groups = [file[f"traj_{k}"] for k in range(3)]
+        groups = [file[f"traj_{k}"] for k in range(6)]
         assert all(group["success"][-1] for group in groups)
         parts = [group["actions"][:] for group in groups]
     executed, lengths = np.concatenate(parts), [len(part) for part in parts]

@@ -169,7 +169,7 @@ def test_what_the_loop_learns_from(train, updates, monkeypatch):
     assert row["losses/dpo_loss"] == pytest.approx(math.log(2))
     ((path, frames, _),) = videos
     assert path.name == "000002-pair.mp4" and not results[0]["frames"]
-    for row, side in ((1, frames[:, :, :160]), (0, frames[:, :, 160:])):
+    for row, side in ((1, frames[:, :, :80]), (0, frames[:, :, 80:])):
         assert np.array_equal(side, results[1]["frames"][row])
 
 

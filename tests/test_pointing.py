@@ -1,16 +1,16 @@
 """Pointing scenes and the pre-training on them, on the real simulator."""
 
+from unittest.mock import Mock
+
 import h5py
 import numpy as np
 import pytest
 import torch
 
 from common.model.checkpoints import load_vla
-from common.simulation.assets import load_pack
-from common.simulation.episodes import held_out
-from demonstrations.reader import load_demos
-from tiny import pointing, pretrain
-from tiny.pointing import answer, places
+from common.simulation.tasks import TEMPLATES, position_set
+from tiny import pointing, pretrain, scenes
+from tiny.pointing import OBJECTS, RECEPTACLES, answer, places
 
 
 # --- the answers ---
@@ -79,71 +79,94 @@ def test_spread_labels():
     assert torch.allclose(spread.double(), by_hand, atol=1e-5)
 
 
-# --- on the simulator ---
+# --- the scenes ---
+def test_scenes_are_broad_and_none_of_the_benchmark():
+    """Stops a pool that is never drawn from, bodies inside each other, places of the benchmark's
+    lattice, and instructions that it asks unseen ones with."""
+    episodes = [scenes.random_episode(np.random.default_rng(k)) for k in range(400)]
+    assert {e.third for e in episodes} == {"none", "object", "plate"}
+    assert {e.composite for e in episodes} == {"plain", "texture", "whole"}
+    tables = np.concatenate([e.table for e in episodes])
+    assert (tables < 16).any() and (tables >= 21).any() and not np.isin(tables, range(16, 21)).any()
+    assert min(e.texture[0] for e in episodes) >= 21, "the benchmark's are seen in its rows alone"
+    for which, own in (("object", 25), ("plate", 17)):
+        numbers = np.concatenate([getattr(e, which) for e in episodes])
+        assert set(range(own)) < set(numbers.tolist()) and numbers.max() > own + 50
+    for e in episodes:
+        same = e.third in ("object", "plate") and e.third_index == getattr(e, e.third)
+        assert not same and np.linalg.norm(e.object_xyz - e.plate_xyz) > 0.05
+        gaps = np.linalg.norm(e.object_xyz[:, :2] - position_set("P")[:, 0, :2], axis=1)
+        assert gaps.min() > 1e-5
+    texts = {scenes.random_text(np.random.default_rng(k), "carrot", "plate") for k in range(400)}
+    assert len(texts) > 150
+    assert not texts & {text.format(o="carrot", r="plate").lower() for text in TEMPLATES[1:]}
+    read = load_vla("tiny").tokenizer.encode
+    words = set(" ".join(texts).split())
+    assert {word for word in words if "<unk>" in read(word).tokens} <= {"now", "top"}
+
+
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pointing")
-    for name, task in (("one", "main"), ("two", "multi_carrot")):
-        pointing.main(pointing.Args(output=str(folder / name), num_scenes=4, task=task))
-    return str(folder / "one"), str(folder / "two")
+    pointing.main(pointing.Args(str(folder), num_scenes=8, scenes_per_file=4, val_scenes=4))
+    return folder
 
 
 @pytest.mark.long
-def test_answers_are_the_geometry_of_the_scene(paths):
-    """Stops an object that stays in the hand, one picture for all poses, evaluation scenes."""
-    data = load_demos(paths[0])
-    answers = data.actions
-    assert 24 <= len(answers) <= 32 and np.isfinite(answers).all()
-    assert not held_out("main", "train", data.episode_ids).any()
+def test_answers_are_the_geometry_of_the_scene(folder):
+    """Stops an object that stays in the hand for the next pose, and one picture for all poses."""
+    data = pretrain.load(folder / "scenes-000000.h5")
+    answers = answer(data["places"].numpy())
+    assert 20 <= len(answers) <= 32 and np.isfinite(answers).all()
     between = answers[:, :2] - answers[:, 3:5]  # object - receptacle: the arm's pose drops out
-    num_held = 0
-    for number in range(4):
-        mine = data.episodes == number
-        away = np.linalg.norm(answers[mine, :3], axis=1) > 0.03
-        moved = np.abs(between[mine] - between[mine][away][0]).max(1) > 1e-4
-        assert not (moved & away).any()
-        num_held += moved.sum()
-        pictures = data.images[mine].astype(int)
-        assert np.abs(np.diff(pictures, axis=0)).mean((1, 2, 3)).min() > 0.2
-    assert 4 <= num_held <= 16
+    held = data["mode"].numpy() == 2
+    for text in set(data["text"]):
+        mine = (data["text"] == text) & ~held
+        assert np.abs(between[mine] - between[mine][0]).max() < 1e-4
+        pictures = data["images"][torch.as_tensor(mine)].int()
+        assert pictures.diff(dim=0).abs().float().mean() > 1
+    assert np.linalg.norm(answers[held, :3], axis=1).max() < 0.05
 
 
 @pytest.mark.long
-def test_classes_lie_where_the_model_sees_them(paths):
-    """Stops labels that are shifted, transposed or of another cell, a distractor that is named."""
-    names = [body.name for body in load_pack("primitive").objects]
-    for path, num_objects in zip(paths, (1, 2), strict=True):
-        data = pretrain.load(path, load_vla("tiny").vision_backbone)
-        images, classes, shown = data["images"], data["classes"], data["shown"]
-        assert images.shape[1:] == (80, 112, 3) and classes.shape[1:] == (35, 16)
-        with h5py.File(f"{path}/trajectory.h5") as file:
-            whole = np.concatenate([file[f"traj_{k}"]["classes"][:] for k in range(len(file))])
-        # token 9: second row, third cell
-        for token, row, column in ((0, 13, 8), (9, 13 + 8, 8 + 16), (34, 13 + 32, 8 + 48)):
-            cell = whole[:, row : row + 8 : 2, column : column + 8 : 2]
-            assert np.array_equal(classes[:, token].numpy(), cell.reshape(len(cell), 16))
-        for row, text in enumerate(data["texts"]):
-            named = next(k for k, name in enumerate(names) if f"put {name} on" in text)
-            here = (classes[row] == pointing.OBJECTS + named).any(1)
-            assert torch.equal(shown[row, :, 0], here)
-        for scene in range(4):
-            objects = classes[data["scenes"] == scene].unique()
-            assert (objects >= pointing.OBJECTS).sum() == num_objects
+def test_bodies_lie_where_the_model_sees_them(folder):
+    """Stops labels that are shifted, transposed or of another cell than their image token, and a
+    distractor that counts as what is meant."""
+    data, tokens = {}, load_vla("tiny").vision_backbone.pos_embed.shape[1]
+    for path in sorted(folder.glob("*.h5")):
+        data = pretrain.load(path)
+        with h5py.File(path) as file:
+            whole = file["bodies"][:]
+        assert data["bodies"].shape[1:] == (tokens, 64) and whole.shape[1:] == (30, 40)
+        for token, row, column in ((0, 0, 0), (7, 8, 16), (19, 24, 32)):
+            cell = np.zeros((len(whole), 8, 8))
+            part = whole[:, row : row + 8, column : column + 8]
+            cell[:, : part.shape[1]] = part
+            assert np.array_equal(data["bodies"][:, token].numpy(), cell.reshape(len(cell), 64))
+        for thing, first in ((0, OBJECTS), (1, RECEPTACLES)):
+            meant = first + data[("object", "receptacle")[thing]]
+            here = (data["bodies"] == meant[:, None, None]).any(2)
+            assert torch.equal(data["shown"][:, :, thing], here)
 
 
 @pytest.mark.long
-def test_both_stages_learn_and_the_model_is_a_start(paths, tmp_path, capsys):
-    """Stops a stage that trains nothing, and a model that does not load."""
-    args = dict(demos=paths, batch_size=16, val_scenes=1, dtype="float32", seed=3)
-    updates = dict(eyes_updates=250, pointing_updates=250)
-    pretrain.main(pretrain.Args(output=str(tmp_path / "made"), **updates, **args))
+def test_both_stages_learn_resume_and_the_model_is_a_start(folder, tmp_path, capsys, monkeypatch):
+    """Stops a stage that trains nothing, a resume that is another run, a model that does not load.
+    Untrained, the eyes' loss is 13.6 and the pointing's ln 256 = 5.5 nats."""
+    args = dict(scenes=str(folder), batch_size=16, report_every=100, seed=3)
+    args.update(eyes_updates=200, pointing_updates=200)
+    pretrain.main(pretrain.Args(output=str(tmp_path / "whole"), **args))
     lines = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
-    eyes, point = (float(line.split("loss")[1]) for line in lines)
-    assert eyes < 2.0 and point < 5.2, "untrained: 3.4 + 0.8, and ln 256 = 5.5 nats"
-    made = load_vla(tmp_path / "made")
-    random = dict(load_vla("tiny", seed=3).named_parameters())
-    moved = {name for name, p in made.named_parameters() if not torch.equal(p, random[name])}
-    assert any("convs" in name for name in moved) and any("layers.3" in name for name in moved)
-    assert made.unnorm_key == "pointing"
-    with pytest.raises(FileExistsError, match="never overwritten"):
-        pretrain.main(pretrain.Args(output=str(tmp_path / "made"), **args))
+    losses = [float(line.split("loss")[1].split("|")[0]) for line in lines]
+    assert losses[1] < 9.0 and losses[3] < 5.2
+    made = dict(load_vla(tmp_path / "whole").named_parameters())
+    half, save = pretrain.Args(output=str(tmp_path / "half"), **args), Mock()
+    write = pretrain.save_training
+    for kill in (1, 2):  # in either stage, after the state was saved
+        save.side_effect = [None] * kill + [KeyboardInterrupt]
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(pretrain, "save_training", lambda *given: (save(), write(*given)))
+            pretrain.main(half)
+    pretrain.main(half)
+    again = dict(load_vla(tmp_path / "half").named_parameters())
+    assert all(torch.equal(p, again[name]) for name, p in made.items())

@@ -43,18 +43,17 @@ def main(folder=Path(__file__).parent):
     config = {
         "model_type": "openvla",
         "vision_backbone_id": "conv-stem",
-        "camera_size": [160, 120],  # pixels; other image sizes are resized to this, then cropped
-        "crop": [16, 26, 128, 106],  # left, top, right, bottom: where objects and gripper move
+        "camera_size": [80, 60],  # pixels; other image sizes are resized to this
         "stem": [[64, 4, 4], [128, 3, 2], [128, 3, 2]],  # convolutions: channels, kernel, stride
         "stem_blocks": [4, 256, 3],  # on the image tokens: heads, MLP width, number of blocks
-        "image_tokens": 35,  # 7 x 5
+        "image_tokens": 20,  # 5 x 4
         "n_action_bins": 256,
         "pad_to_multiple_of": 64,
         "text_config": {
             "vocab_size": BASE + 64,
             "hidden_size": 128,
             "intermediate_size": 344,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "max_position_embeddings": 256,

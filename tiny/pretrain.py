@@ -1,18 +1,20 @@
 """Pre-training of the small model on pointing scenes: its eyes by segmentation, then all of it.
 
     python -m tiny.pointing --output demos/pointing
-    python -m tiny.pointing --task multi_carrot --seed 1 --output demos/pointing-two
-    torchrun --nproc-per-node 2 -m tiny.pretrain --output runs/tiny-pretrained
+    python -m tiny.pretrain --output runs/tiny-pretrained
 
 OpenVLA starts from towers and a language model that have seen the web; the small model gets from
-the simulator what it needs of that: which pixel shows what, where things are and how they lie,
-which of two objects is meant. No action is in it. Pointing alone is slow: until the whole way from
-pixels to a place works, nothing is learned. The eyes' stage teaches the first part, at every image
-token: which class its pixels have and where the things are that they show; from the mean of all
-tokens: where all of them are. Its heads are not kept.
+the simulator what it needs of that: which pixel shows what, what things are called, where they are
+and how they lie, which of two is meant. No action is in it. Pointing alone is slow: until the whole
+way from pixels to a place works, nothing is learned. The eyes' stage teaches the first part, at
+every image token: which kind of thing each of its pixels shows, which object and which receptacle
+that is, and where; from the mean of all tokens: where all of them are. Its heads are not kept.
+
+The same command continues a run that was interrupted.
 """
 
-import io
+import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,65 +24,55 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image
+from tabulate import tabulate
 
 from common.model.checkpoints import load_vla, save_vla
 from common.run.ranks import setup_ranks, sum_gradients, sum_over_ranks
-from common.simulation.assets import load_pack
-from common.simulation.env import CAMERA
 from demonstrations.reader import action_statistics
-from tiny.pointing import FINGERS, OBJECTS, RECEPTACLE, answer
+from tiny.pointing import FINGERS, MODES, OBJECTS, RECEPTACLES, answer
+from tiny.scenes import NUM_OBJECTS
 
 TOKEN = 16  # pixels of the side of a square that an image token sees first
+KINDS = 5  # of pixels: all else, arm, fingers, receptacles, objects
 
 
 @dataclass
 class Args:
-    demos: tuple[str, ...] = ("demos/pointing", "demos/pointing-two")  # of tiny/pointing.py
-    output: str = "runs/tiny-pretrained"  # a new model directory, a start for sft_vla.py
+    scenes: str = "demos/pointing"  # of tiny/pointing.py
+    output: str = "runs/tiny-pretrained"  # a model directory, a start for sft_vla.py
     model: str = "tiny"  # a directory, or tiny (random weights)
-    eyes_updates: int = 5000  # optimizer steps of the eyes alone; 0 = the model's are good
-    pointing_updates: int = 4500  # of the whole model
+    eyes_updates: int = 12_000  # optimizer steps of the eyes alone
+    pointing_updates: int = 22_000  # of the whole model
     batch_size: int = 64  # over all ranks
-    learning_rate: float = 2e-3  # AdamW; each stage ends with half a cosine
-    label_std: float = 4.0  # bins; a label is a normal distribution, wider in the first half
-    val_scenes: int = 100  # the last ones of each directory
-    report_every: int = 250  # updates
+    learning_rate: float = 1e-3  # AdamW; each stage ends with half a cosine
+    label_std: float = 3.0  # bins; a label is a normal distribution, wider in the first half
+    report_every: int = 500  # updates, after which errors are printed and the run is saved
     seed: int = 1
     device: str = "auto"  # cpu, cuda, or auto
-    dtype: str = "bfloat16"  # of matmuls
+    dtype: str = "float32"  # of matmuls; bfloat16 is faster where the processor has it
 
 
-def load(path, stem):
-    """Pictures of one recording as the `stem` sees them: dict of tensors, texts is an array.
+def load(path):
+    """Pictures of one file: dict of tensors, and "text", an array (B,).
 
-    images (B, h, w, 3) uint8; classes (B, tokens, pixels of a token at half the size, every second)
-    uint8; shown (B, tokens, 3) bool: which tokens show the object that is named, the receptacle,
-    the fingers; places (B, 12) float32; texts (B,) str; scenes (B,) int64.
+    images, places, object, receptacle, third, overlay, mode: as in the file. bodies (B, tokens,
+    pixels of a token at half the size) int16; shown (B, tokens, 3) bool: which tokens show the
+    object that is meant, the receptacle, the fingers.
     """
-    images, classes, objects, places, texts, scenes = [], [], [], [], [], []
-    with h5py.File(Path(path, "trajectory.h5")) as file:
-        for number in range(len(file)):
-            group = file[f"traj_{number}"]
-            files = group[f"obs/sensor_data/{CAMERA}/rgb"][:-1]
-            pictures = np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in files])
-            images.append(stem.fit(torch.from_numpy(pictures), None))
-            classes.append(torch.from_numpy(group["classes"][:]))
-            places.append(torch.from_numpy(group["places"][:]))
-            objects += [OBJECTS + int(group.attrs["object"])] * len(files)
-            texts += [group.attrs["instruction"]] * len(files)
-            scenes += [number] * len(files)
-    left, top, right, bottom = (edge // 2 for edge in stem.crop)
-    cut = torch.cat(classes)[:, top:bottom, left:right][:, ::2, ::2]
-    side = TOKEN // 4
-    cells = cut.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
+    with h5py.File(path) as file:
+        names = file.keys() - {"text", "bodies"}
+        data = {name: torch.from_numpy(file[name][:]) for name in names}
+        text = file["text"].asstr()[:]
+        bodies = torch.from_numpy(file["bodies"][:].astype(np.int16))
+    side = TOKEN // 2
+    height, width = (-length % side for length in bodies.shape[1:])
+    cells = F.pad(bodies, (0, width, 0, height))
+    cells = cells.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
     cells = cells.flatten(3).flatten(1, 2)
-    things = (torch.tensor(objects)[:, None, None], RECEPTACLE, FINGERS)
+    meant = OBJECTS + data["object"], RECEPTACLES + data["receptacle"]
+    things = [number[:, None, None] for number in meant] + [FINGERS]
     shown = torch.stack([(cells == thing).any(2) for thing in things], dim=2)
-    return {
-        "images": torch.cat(images), "classes": cells, "shown": shown,
-        "places": torch.cat(places), "texts": np.array(texts), "scenes": torch.tensor(scenes),
-    }  # fmt: skip
+    return dict(data, text=text, bodies=cells, shown=shown)
 
 
 def all_in_view(shown):
@@ -100,24 +92,31 @@ def place_loss(guess, places, shown):
 
 
 def eyes_heads(stem, pixels):
-    """Linear heads: classes of a token's pixels, places of what a token shows, of a picture."""
-    num_classes = OBJECTS + len(load_pack("primitive").objects)
-    return [torch.nn.Linear(stem.width, n) for n in (pixels * num_classes, 12, 12)]
+    """Linear heads: kinds of a token's pixels; which receptacle and which object it shows; places
+    of what it shows; places of what the picture shows."""
+    sizes = pixels * KINDS, OBJECTS - RECEPTACLES, 25 + NUM_OBJECTS, 12, 12
+    return torch.nn.ModuleList(torch.nn.Linear(stem.width, size) for size in sizes)
 
 
-def eyes_loss(stem, heads, images, classes, shown, places):
-    """() cross-entropy of the pixels' classes, nats, + `place_loss` at every token + that of the
-    mean of all tokens. places: scaled to a standard deviation of 1; the rest as in `load`."""
+def eyes_loss(stem, heads, images, bodies, shown, places, third):
+    """() sum of the cross-entropies of kinds, receptacles and objects, nats, and of `place_loss` at
+    every token and of the mean of all tokens. places: scaled to a standard deviation of 1."""
     features = stem(images, lambda block, x: block(x))
-    segment, point, overview = heads
-    logits, guess = segment(features).float(), point(features).float()
-    summary = overview(features.mean(1, True)).float()
-    num_classes = logits.shape[-1] // classes.shape[2]
-    segmentation = F.cross_entropy(logits.view(-1, num_classes), classes.long().flatten())
+    segment, receptacles, objects, point, overview = heads
+    bodies = bodies.long()
+    firsts = torch.tensor([1, FINGERS, RECEPTACLES, OBJECTS], device=bodies.device)
+    kinds = torch.bucketize(bodies, firsts, right=True)
+    loss = F.cross_entropy(segment(features).float().view(-1, KINDS), kinds.flatten())
+    for head, kind, first in ((receptacles, 3, RECEPTACLES), (objects, 4, OBJECTS)):
+        which = torch.where(kinds == kind, bodies - first, -1).amax(2)  # (B, tokens), -1: none
+        if (which >= 0).any():
+            logits = head(features).float().flatten(0, 1)
+            loss = loss + F.cross_entropy(logits, which.flatten(), ignore_index=-1)
     in_picture = shown.any(1, keepdim=True)  # (B, 1, 3)
-    objects = [(classes == k).flatten(1).any(1) for k in range(OBJECTS, num_classes)]
-    in_picture[torch.stack(objects).sum(0) > 1, :, 0] = False  # which is meant, the text tells
-    return segmentation + place_loss(guess, places, shown) + place_loss(summary, places, in_picture)
+    in_picture[third == 1, :, 0] = False  # which of two is meant, the text tells
+    in_picture[third == 2, :, 1] = False
+    loss = loss + place_loss(point(features).float(), places, shown)
+    return loss + place_loss(overview(features.mean(1, True)).float(), places, in_picture)
 
 
 def spread_cross_entropy(logprobs, bins, std):
@@ -127,50 +126,68 @@ def spread_cross_entropy(logprobs, bins, std):
 
 
 @torch.no_grad()
-def errors(model, images, texts, answers):
-    """Median error of greedy answers, mm: of the object, of the receptacle."""
+def errors(model, data, most=None):
+    """Rows (kind of scene, pictures, median error of the object in mm, share of more than 30 mm,
+    the same of the receptacle) of greedy answers in a file's data, of the first `most` pictures."""
+    rows = torch.nonzero(all_in_view(data["shown"])).flatten()[:most]
     tokens = []
-    for k in range(0, len(texts), 256):
-        part = slice(k, k + 256)
-        tokens.append(model.act(images[part], texts[part].tolist(), temperature=0)[0])
-    off = 1000 * (model.decode_actions(torch.cat(tokens)).numpy() - answers)
-    thing, plate = (np.median(np.linalg.norm(off[:, k], axis=1)) for k in ([0, 1], [3, 4]))
-    return f"object {thing:.1f} mm, receptacle {plate:.1f} mm"
+    for part in rows.split(256):
+        texts = data["text"][part.numpy()].tolist()
+        tokens.append(model.act(data["images"][part], texts, temperature=0)[0].cpu())
+    off = model.decode_actions(torch.cat(tokens)).numpy() - answer(data["places"][rows].numpy())
+    thing, plate = (1000 * np.linalg.norm(off[:, k], axis=1) for k in ([0, 1], [3, 4]))
+    mode, third, overlay, number, receptacle = (
+        data[key][rows].numpy() for key in ("mode", "third", "overlay", "object", "receptacle")
+    )
+    alone = third == 0
+    kinds = {f"one of each, gripper {MODES[k]}": alone & (mode == k) for k in range(len(MODES))}
+    far = mode == 0
+    kinds["far, no overlay"] = far & alone & (overlay == 0)
+    kinds["far, overlay"] = far & alone & (overlay > 0)
+    kinds["far, random bodies"] = far & alone & (number >= 25) & (receptacle >= 17)
+    kinds["far, two objects"] = far & (third == 1)
+    kinds["far, two receptacles"] = far & (third == 2)
+    table = []
+    for name, chosen in kinds.items():
+        row = [name, int(chosen.sum())]
+        for error in (thing[chosen], plate[chosen]):
+            row += [round(float(np.median(error)), 1), round(float((error > 30).mean()), 2)]
+        table.append(row)
+    return table
 
 
 def main(args):
-    if (Path(args.output) / "config.json").exists():
-        raise FileExistsError(f"{args.output} holds a model and is never overwritten; use another")
+    folder = Path(args.output)
+    if (folder / "config.json").exists():
+        raise FileExistsError(f"{folder} holds a model and is never overwritten; use another")
     rank, world_size, device = setup_ranks(args.device, args.seed)
     model = load_vla(args.model, dtype=args.dtype, seed=args.seed, device=device)
     stem = model.vision_backbone
-    data, val = {}, {}
-    for path in args.demos:
-        part = load(path, stem)
-        last = part["scenes"] > part["scenes"].max() - args.val_scenes
-        rows = torch.nonzero(last & all_in_view(part["shown"])).flatten()
-        val[path] = [
-            part["images"][rows],
-            part["texts"][rows],
-            answer(part["places"][rows].numpy()),
-        ]
-        for key, value in part.items():
-            data.setdefault(key, []).append(value[(~last).numpy()])
-    texts = np.concatenate(data.pop("texts"))
+    paths = sorted(Path(args.scenes).glob("scenes-*.h5"))
+    if not paths:
+        raise FileNotFoundError(f"{args.scenes} holds no scenes; run python -m tiny.pointing")
+    data = {}
+    for path in paths:
+        for key, value in load(path).items():
+            data.setdefault(key, []).append(value)
+    texts = np.concatenate(data.pop("text"))
     data = {key: torch.cat(parts) for key, parts in data.items()}
+    val = load(Path(args.scenes, "validation.h5"))
     answers = answer(data["places"].numpy())
     statistics = {"action": action_statistics(answers), "assets": "primitive"}
     model.set_statistics("pointing", statistics)
     tokens = model.encode_actions(answers).to(device)
     pointable = torch.nonzero(all_in_view(data["shown"])).flatten()
     scaled = (data["places"] - data["places"].mean(0)) / data["places"].std(0)
-    images, classes, shown = (data[key].to(device) for key in ("images", "classes", "shown"))
+    names = ("images", "bodies", "shown", "third")
+    images, bodies, shown, third = (data[name].to(device) for name in names)
     scaled = scaled.to(device)
-    heads = [head.to(device) for head in eyes_heads(stem, classes.shape[2])]
+    heads = eyes_heads(stem, bodies.shape[2]).to(device)
 
     def loss_of_eyes(rows, _):
+        batch = images[rows], bodies[rows], shown[rows], scaled[rows], third[rows]
         with model.autocast():
-            return eyes_loss(stem, heads, images[rows], classes[rows], shown[rows], scaled[rows])
+            return eyes_loss(stem, heads, *batch)
 
     def loss_of_pointing(rows, fraction):
         logprobs, _ = model.bin_logprobs(images[rows], texts[rows.numpy()].tolist(), tokens[rows])
@@ -178,18 +195,28 @@ def main(args):
         return spread_cross_entropy(logprobs, tokens[rows] - model.bins.start, std).mean()
 
     stages = (
-        ("eyes", args.eyes_updates, (stem, *heads), loss_of_eyes, torch.arange(len(images))),
-        ("pointing", args.pointing_updates, (model,), loss_of_pointing, pointable),
+        ("eyes", args.eyes_updates, [stem, heads], loss_of_eyes, torch.arange(len(images))),
+        ("pointing", args.pointing_updates, [model], loss_of_pointing, pointable),
     )
+    saved, state = folder.with_name(f"{folder.name}.training.pt"), None
+    if saved.exists():
+        state = torch.load(saved, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        heads.load_state_dict(state["heads"])
     start = time.time()
     for name, num_updates, modules, loss_of, among in stages:
+        if state and state["stage"] != name:
+            continue  # this stage was finished before the interruption
         parameters = [p for module in modules for p in module.parameters()]
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
-        losses = []
-        for number in range(num_updates):
+        losses, first = [], 0
+        if state:
+            optimizer.load_state_dict(state["optimizer"])
+            first, state = state["updates"], None
+        for number in range(first, num_updates):
             fraction = number / num_updates
             lr = args.learning_rate * min(1, (number + 1) / 100)
-            optimizer.param_groups[0]["lr"] = lr * (0.5 + 0.5 * np.cos(np.pi * fraction))
+            optimizer.param_groups[0]["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * fraction))
             rng = np.random.default_rng([args.seed, number])
             rows = among[rng.integers(len(among), size=args.batch_size)]
             optimizer.zero_grad()
@@ -199,14 +226,27 @@ def main(args):
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             losses.append(sum_over_ranks(loss.detach()).item())
-            if rank == 0 and (number + 1) % args.report_every == 0:
+            done = number + 1 == num_updates
+            if rank == 0 and (done or (number + 1) % args.report_every == 0):
                 mean = np.mean(losses[-args.report_every :])
-                seconds = time.time() - start
-                print(f"{name} {number + 1}/{num_updates} | {seconds:.0f} s | loss {mean:.3f}")
-                for path, part in val.items() if name == "pointing" else ():
-                    print(f"  {path}: {errors(model, *part)}", flush=True)
+                left = (time.time() - start) / len(losses) * (num_updates - number - 1) / 60
+                print(f"{name} {number + 1}/{num_updates} | loss {mean:.3f} | {left:.0f} min left")
+                if name == "pointing" and (done or (number + 1) % (4 * args.report_every) == 0):
+                    headers = "scenes", "pictures", "object mm", "> 30", "receptacle mm", "> 30"
+                    print(tabulate(errors(model, val), headers), flush=True)
+                save_training(saved, model, heads, optimizer, name, number + 1)
+        start = time.time()
     if rank == 0:
-        save_vla(model, args.output)
+        save_vla(model, folder)
+        saved.unlink()
+
+
+def save_training(path, model, heads, optimizer, stage, updates):
+    """What a run needs to go on, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = dict(model=model.state_dict(), heads=heads.state_dict(), stage=stage, updates=updates)
+    torch.save(dict(state, optimizer=optimizer.state_dict()), path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 if __name__ == "__main__":

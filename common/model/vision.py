@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.model.checkpoints import check
+
 # DINOv2 ViT-L/14 with CLS and 4 registers, SigLIP SO400M/14:
 # width, depth, heads, MLP width, tokens in front of the patches, mean and std of the pixels
 TOWERS = {
@@ -124,16 +126,16 @@ class ConvStem(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.camera = tuple(config.camera_size[::-1])  # height, width
-        self.crop = left, top, right, bottom = config.crop
-        self.size = (bottom - top, right - left)
-        stride = math.prod(stride for _, _, stride in config.stem)
-        tokens = (self.size[0] // stride) * (self.size[1] // stride)
+        old = "a small model of an earlier version, whose pictures were others"
+        check(not hasattr(config, "crop"), f"this is {old}; use checkpoints/tiny-warmup")
+        self.size = cells = tuple(config.camera_size[::-1])  # height, width
         self.convs, self.unread, width = nn.ModuleList(), [], 3
         for channels, kernel, stride in config.stem:
             padding = (kernel - stride + 1) // 2
             self.convs.append(nn.Conv2d(width, channels, kernel, stride, padding))
+            cells = [(side + 2 * padding - kernel) // stride + 1 for side in cells]
             width = channels
+        tokens = math.prod(cells)
         self.width = self.inner = width
         # PyTorch's start shrinks the signal, and a position of 0.02 is not seen: both stop learning
         for conv in self.convs:
@@ -154,12 +156,9 @@ class ConvStem(nn.Module):
         return self.norm(x)
 
     def fit(self, images, dtype):
-        """Crop, after a resize where the image is not of the camera's size; stays uint8."""
+        """Resize, where the image is not of the camera's size; stays uint8."""
         if images.shape[1:] == (*self.size, 3):
             return images
-        if images.shape[1:3] != self.camera:
-            pixels = images.permute(0, 3, 1, 2).float()
-            pixels = F.interpolate(pixels, self.camera, mode="bilinear", antialias=True)
-            images = pixels.round().to(torch.uint8).permute(0, 2, 3, 1)
-        left, top, right, bottom = self.crop
-        return images[:, top:bottom, left:right].contiguous()
+        pixels = images.permute(0, 3, 1, 2).float()
+        pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True)
+        return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

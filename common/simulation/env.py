@@ -22,11 +22,11 @@ from common.simulation.tasks import OBJECTS, composite, decode, instruction, num
 ENV_ID = "CleanVLA-PutOnReceptacle-v1"
 SCENES = {  # what moves together: the embedded scene, and the study's own
     "small": dict(
-        assets="primitive", image_size=(160, 120), sim_freq=250, solver_iterations=4,
-        max_episode_steps=40, fidelity="fixed", shader_pack="minimal"),
+        assets="primitive", image_size=(80, 60), view=(56, 80, 536, 440), sim_freq=100,
+        solver_iterations=4, max_episode_steps=40, fidelity="fixed", shader_pack="minimal"),
     "published": dict(
-        assets="bridge", image_size=(640, 480), sim_freq=500, solver_iterations=15,
-        max_episode_steps=80, fidelity="published", shader_pack="default"),
+        assets="bridge", image_size=(640, 480), view=(0, 0, 640, 480), sim_freq=500,
+        solver_iterations=15, max_episode_steps=80, fidelity="published", shader_pack="default"),
 }  # fmt: skip
 CONTROL_FREQ = 5  # Hz: a control step is 0.2 s
 CAMERA = "3rd_view_camera"
@@ -48,7 +48,8 @@ def check_scene(task, split, scene):
 
 
 class PutOnReceptacleEnv(BaseEnv):
-    """One episode is one id: `reset(options={"episode_ids": ids})`, ids (B,) int.
+    """One episode is one id: `reset(options={"episode_ids": ids})`, ids (B,) int, or a scene of
+    one's own: `reset(options={"episodes": Episodes})`.
     Args: task, split: see tasks.py; the others are a row of SCENES. Nothing ends an episode:
         max_episode_steps is what `state_features` measures progress by.
     Observation: ManiSkill's rgb+segmentation, rgb composited over the table's photo:
@@ -61,13 +62,15 @@ class PutOnReceptacleEnv(BaseEnv):
 
     def __init__(self, *args, task="main", split="train", **settings):
         row = {key: settings.pop(key, default) for key, default in SCENES["small"].items()}
-        size, sim_freq = tuple(row["image_size"]), row["sim_freq"]
-        assert size[0] * 3 == size[1] * 4, f"image_size = {size} must be 4:3"
+        size, view, sim_freq = tuple(row["image_size"]), tuple(row["view"]), row["sim_freq"]
+        assert size[0] * (view[3] - view[1]) == size[1] * (view[2] - view[0])
         assert sim_freq % CONTROL_FREQ == 0, f"sim_freq = {sim_freq} is no multiple of 5 Hz"
-        self.pack, self.image_size = load_pack(row["assets"]), size
+        self.pack, self.image_size, self.view = row["assets"], size, view
+        if isinstance(self.pack, str):
+            self.pack = load_pack(self.pack)
         self.fidelity, self.max_episode_steps = row["fidelity"], row["max_episode_steps"]
         self.set_task(task, split)
-        look = dict(image_size=size, shader_pack=row["shader_pack"])
+        look = dict(image_size=size, view=view, shader_pack=row["shader_pack"])
         robot = type("PackWidowX", (WidowX,), dict(look, urdf_path=self.pack.robot_urdf))
         physics = dict(sim_freq=sim_freq, control_freq=CONTROL_FREQ, spacing=20)
         physics["scene_config"] = {"solver_position_iterations": row["solver_iterations"]}
@@ -146,7 +149,8 @@ class PutOnReceptacleEnv(BaseEnv):
             most = num_configurations(self.task, self.split, self.fidelity)
             ids = self._batched_episode_rng.randint(min(most, 2**31 - 1))
         ids = np.asarray(ids, dtype=np.int64).reshape(self.num_envs)
-        self.episodes = e = decode(self.task, self.split, ids, self.fidelity)
+        e = options.get("episodes") or decode(self.task, self.split, ids, self.fidelity)
+        self.episodes = e
         spawns = [("object", e.object, e.object_xyz, e.object_quat)]
         spawns.append(("plate", e.plate, e.plate_xyz, e.plate_quat))
         if e.third in ("object", "plate") and (e.third_index >= 0).any():
@@ -168,7 +172,7 @@ class PutOnReceptacleEnv(BaseEnv):
         robot.set_qpos(qpos)
         robot.set_qvel(torch.zeros_like(qpos))
         robot.set_joint_drive_targets(qpos, *joints)
-        self.object_rest_pose = self._pose("object").clone()
+        self.object_rest_pose = self._pose("object")
         self._measure_bodies()
         self._grasp_count = np.zeros(self.num_envs, dtype=int)
         self._ever = dict.fromkeys(("grasped", "held", "success"), np.zeros(self.num_envs, bool))
@@ -198,27 +202,37 @@ class PutOnReceptacleEnv(BaseEnv):
 
     def _load_images(self):
         """Table photos and textures (B, H, W, 3), and the weights (B,) of the textures."""
-        e, pack, size = self.episodes, self.pack, self.image_size
-        photos = np.stack([pack.background(int(k), *size) for k in e.table])
+        e, pack, look = self.episodes, self.pack, (*self.image_size, self.view)
+        photos = np.stack([pack.background(int(k), *look) for k in e.table])
         self.backgrounds = self.textures = torch.as_tensor(photos, device=self.device)
         if e.composite != "plain":
-            textures = np.stack([pack.texture(int(k), *size) for k in e.texture])
+            textures = np.stack([pack.texture(int(k), *look) for k in e.texture])
             self.textures = torch.as_tensor(textures, device=self.device)
         self.mix = torch.tensor([pack.mixes[int(k)] for k in e.texture], device=self.device)
 
     # --- state of the bodies in play ---
     def _for_selected(self, which, function):
-        """`function(actor) -> (B, ...)` of each environment's own "object" or "plate"."""
+        """`function(actor) -> (B, ...)` array of each environment's own "object" or "plate"."""
         indices = getattr(self.episodes, which)
         if not self.gpu_sim_enabled:
             return function(self._in_play[which, int(indices[0])])
         used = np.unique(indices)
-        values = torch.stack([function(self._in_play[which, int(k)]) for k in used])
-        row = torch.as_tensor(np.searchsorted(used, indices), device=self.device)
-        return values[row, torch.arange(self.num_envs, device=self.device)]
+        values = np.stack([function(self._in_play[which, int(k)]) for k in used])
+        return values[np.searchsorted(used, indices), np.arange(self.num_envs)]
+
+    def _pose_of(self, body):
+        """(B, 7) float32 of an actor or a link; on a CPU without ManiSkill's small tensors."""
+        if self.gpu_sim_enabled:
+            return body.pose.raw_pose.cpu().numpy()
+        pose = getattr(body._objs[0], "entity", body._objs[0]).pose
+        return np.concatenate([pose.p, pose.q])[None]
 
     def _pose(self, which):
-        return self._for_selected(which, lambda actor: actor.pose.raw_pose)  # (B, 7)
+        return self._for_selected(which, self._pose_of)
+
+    def _force(self, body, other):
+        """(B, 3) newtons between two bodies."""
+        return self.scene.get_pairwise_contact_forces(body, other).cpu().numpy()
 
     def _measure_bodies(self):
         """Boxes (B, 2, 3): least and largest corner of the collision shapes in the frame of each.
@@ -231,7 +245,7 @@ class PutOnReceptacleEnv(BaseEnv):
             why = f"a {which} of {names} fell to z = {height:.2f} m; is its collision mesh whole?"
             check(height > TABLE_M - 0.1, why)
             half = (self.boxes[which][:, 1] - self.boxes[which][:, 0]) / 2
-            rotation = quat_to_matrix(self._pose(which)[:, 3:].cpu().numpy())
+            rotation = quat_to_matrix(self._pose(which)[:, 3:])
             self.half[which] = (np.abs(rotation) @ half[:, :, None])[:, :, 0]
 
     def instructions(self):
@@ -242,13 +256,14 @@ class PutOnReceptacleEnv(BaseEnv):
 
     def privileged_state(self):
         """dict of arrays (B, ...) for experts and critics; never an input of the policy."""
-        arm, base = self.agent.controller.controllers["arm"], self.agent.robot.pose
-        tensors = dict(object_pose=self._pose("object"), plate_pose=self._pose("plate"))
-        tensors["tcp_pose"] = arm.ee_pose.raw_pose
-        tensors["tcp_target_pose"] = (base * arm._target_pose).raw_pose
-        tensors["base_pose"] = base.raw_pose
-        tensors["finger_qpos"] = self.agent.robot.get_qpos()[:, 6:8]
-        state = {key: value.detach().cpu().numpy().copy() for key, value in tensors.items()}
+        arm = self.agent.controller.controllers["arm"]
+        x, y, z, qw, qx, qy, qz = arm._target_pose.raw_pose.cpu().numpy().T
+        half_turn = [-x, -y, z, -qz, -qy, qx, qw]  # the base is turned by 180 degrees about z
+        target = np.stack(half_turn, axis=1) + np.pad(BASE_POSE[0], (0, 4)).astype(np.float32)
+        state = dict(object_pose=self._pose("object"), plate_pose=self._pose("plate"))
+        state.update(tcp_pose=self._pose_of(arm.ee_link), tcp_target_pose=target)
+        state["base_pose"] = np.tile(np.float32([*BASE_POSE[0], *BASE_POSE[1]]), (len(x), 1))
+        state["finger_qpos"] = self.agent.robot.get_qpos()[:, 6:8].cpu().numpy()
         for which in ("object", "plate"):
             state[f"{which}_bbox"] = self.boxes[which]
             state[f"{which}_index"] = getattr(self.episodes, which)
@@ -284,18 +299,19 @@ class PutOnReceptacleEnv(BaseEnv):
         if self.gpu_sim_enabled:
             self.scene._gpu_fetch_all()
         if self.fidelity == "fixed" and self._elapsed_steps[0] + 1 == self.episodes.move_at:
-            pose = self.object_rest_pose.clone()
-            pose[:, :2] = torch.as_tensor(self.episodes.third_xyz[:, :2])
+            pose = self.object_rest_pose.copy()
+            pose[:, :2] = self.episodes.third_xyz[:, :2]
             self._teleport_object(pose, keep_velocity=False)
         return action
 
     def _move_as_published(self):
         """The object falls from 13 cm and time goes on, in every evaluation at that step."""
         pose = np.concatenate([self.episodes.third_xyz, self.episodes.object_quat], axis=1)
-        self._teleport_object(torch.as_tensor(pose, device=self.device), keep_velocity=True)
+        self._teleport_object(pose, keep_velocity=True)
         self._simulate(MOVE_SUBSTEPS)
 
     def _teleport_object(self, pose, keep_velocity):
+        pose = torch.as_tensor(pose, device=self.device)
         for index in np.unique(self.episodes.object):
             actor = self._in_play["object", int(index)]
             chosen = torch.as_tensor(self.episodes.object == index, device=self.device)[:, None]
@@ -320,30 +336,27 @@ class PutOnReceptacleEnv(BaseEnv):
 
     def _grasped(self):
         """(B,) bool: both fingers press the object, about in the direction in which they close."""
-        force = self.scene.get_pairwise_contact_forces
         grasped = np.ones(self.num_envs, dtype=bool)
         for link, sign in ((self.agent.finger1_link, 1.0), (self.agent.finger2_link, -1.0)):
-            push = self._for_selected("object", partial(force, link)).cpu().numpy()  # (B, 3)
+            push = self._for_selected("object", partial(self._force, link))  # (B, 3)
             newtons = np.linalg.norm(push, axis=1)
             grasped &= newtons >= GRASP_FORCE_N
-            if not grasped.any():  # mostly so, and a link's pose is slow to read
+            if not grasped.any():  # mostly so
                 break
-            rotation = quat_to_matrix(link.pose.raw_pose[:, 3:].cpu().numpy())
+            rotation = quat_to_matrix(self._pose_of(link)[:, 3:])
             cosine = (push * sign * rotation[:, :, 1]).sum(1) / np.maximum(newtons, 1e-9)
             grasped &= cosine >= np.cos(np.deg2rad(GRASP_ANGLE_DEG))
         return grasped
 
     def _placed(self):
         """(B,) bool: the object is over the receptacle, close above it, and touches it."""
-        offset = self._pose("object")[:, :3] - self._pose("plate")[:, :3]
-        x, y, z = offset.cpu().numpy().T
+        x, y, z = (self._pose("object")[:, :3] - self._pose("plate")[:, :3]).T
         gap = z - self.half["plate"][:, 2] - self.half["object"][:, 2]
         placed = np.hypot(x, y) <= self.half["plate"].max(axis=1) + XY_MARGIN_M
         placed &= (z > 0) & (gap <= Z_MARGIN_M)
         if placed.any():
-            force = self.scene.get_pairwise_contact_forces
-            on_plate = lambda body: self._for_selected("plate", partial(force, body))  # noqa: E731
-            touch = self._for_selected("object", on_plate).cpu().numpy()
+            on_plate = lambda body: self._for_selected("plate", partial(self._force, body))  # noqa: E731
+            touch = self._for_selected("object", on_plate)
             placed &= np.linalg.norm(touch, axis=1) > CONTACT_FORCE_N
         return placed
 

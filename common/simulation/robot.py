@@ -14,16 +14,19 @@ INITIAL_QPOS = (  # radians of waist, shoulder, elbow, forearm, wrist angle, wri
 
 
 class WidowX(base_env.WidowX250SBridgeDatasetFlatTable):
-    """ManiSkill's WidowX with the camera at any size and a fast controller on a CPU."""
+    """ManiSkill's WidowX with a camera of any size and view and a fast controller on a CPU."""
 
     uid = "widowx250s_cleanvla"
     image_size = (640, 480)
+    view = (0, 0, 640, 480)  # left, top, right, bottom: the part of the published picture
     shader_pack = "default"
 
     @property
     def _sensor_configs(self):
         (camera,) = super()._sensor_configs
-        camera.intrinsic = camera.intrinsic * (self.image_size[0] / camera.width)
+        left, top, right, _ = self.view
+        camera.intrinsic = camera.intrinsic - np.array([[0, 0, left], [0, 0, top], [0, 0, 0]])
+        camera.intrinsic *= self.image_size[0] / (right - left)
         camera.intrinsic[2, 2] = 1.0
         camera.width, camera.height = self.image_size
         camera.shader_pack, camera.shader_config = self.shader_pack, None
