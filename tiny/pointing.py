@@ -12,9 +12,9 @@ an action, in the base's axes:
 A part of the scenes is one file, written whole; the same command makes those that are missing.
 validation.h5 has other random bodies, tables and noise than the rest. Of B pictures each has:
     images (B, H, W, 3) uint8; bodies (B, H / 2, W / 2) uint16: what every second pixel shows, see
-    below; places (B, 12) float32, see `places`; text (B,); object, receptacle (B,): which are meant
-    third (B,): 1 another object, 2 another receptacle; overlay (B,): 1 over the bodies, 2 over all;
-    mode (B,): of MODES
+    below; places (B, 12) float32, see `places`; text (B,); object, receptacle (B,): the names of
+    those that are meant; third (B,): 1 another object, 2 another receptacle; overlay (B,): 1 over
+    the bodies, 2 over all; mode (B,): of MODES
 """
 
 import multiprocessing
@@ -31,23 +31,32 @@ from tqdm import tqdm
 from common.run.ranks import cores
 from common.simulation.env import CAMERA, SCENES
 from common.simulation.robot import quat_to_matrix
-from tiny.scenes import NUM_RECEPTACLES, broad_pack, random_episode, random_text
+from tiny.scenes import (
+    COLORS,
+    OBJECT_SHAPES,
+    RECEPTACLE_SHAPES,
+    broad_pack,
+    name_number,
+    random_episode,
+    random_text,
+)  # fmt: skip
 
 LOW, HIGH = (-0.33, -0.18, 0.885), (-0.03, 0.22, 1.07)  # metres, world: where the TCP is in view
 TILTS_RAD = (0.05, 0.05, 0.15)  # standard deviations of the gripper's roll and pitch, one is drawn
 FINGERS_M = (0.015, 0.026, 0.037)  # closed, around an object at most, open
 MODES, SHARES = ("anywhere", "near", "held"), (0.5, 0.25, 0.25)
-# What a pixel shows: 0 all else, RECEPTACLES + k receptacle k, OBJECTS + k object k
-ARM, FINGERS, RECEPTACLES, OBJECTS = 1, 2, 3, 3 + 17 + NUM_RECEPTACLES
+# What a pixel shows: 0 all else, RECEPTACLES + k or OBJECTS + k what has the k-th name
+ARM, FINGERS, RECEPTACLES = 1, 2, 3
+OBJECTS = RECEPTACLES + 17 + len(COLORS) * len(RECEPTACLE_SHAPES)
 
 
 @dataclass
 class Args:
     output: str = "demos/pointing"  # a directory
-    num_scenes: int = 20_000
+    num_scenes: int = 40_000
     scenes_per_file: int = 1000
-    val_scenes: int = 600  # with other bodies
-    poses_per_scene: int = 8  # of the arm, one picture and answer each
+    val_scenes: int = 1000  # with other bodies
+    poses_per_scene: int = 5  # of the arm, one picture and answer each
     seed: int = 0
 
 
@@ -122,13 +131,15 @@ def scene(env, rng, num_poses):
     names = env.pack.objects[episode.object[0]].name, env.pack.plates[episode.plate[0]].name
     text = random_text(rng, *names)
     tint = rng.uniform(0.7, 1.1) * rng.uniform(0.85, 1.15, 3) if rng.random() < 0.5 else 1.0
-    number_of = np.zeros(256, np.uint16)  # by a body's number in the segmentation
+    number_of = np.zeros(2**15, np.uint16)  # by a body's number in the segmentation
     for link in env.agent.robot.links:
         finger = link in (env.agent.finger1_link, env.agent.finger2_link)
         number_of[link.per_scene_id.item()] = FINGERS if finger else ARM
     for (kind, index), actor in env._in_play.items():
-        first = OBJECTS if kind == "object" else RECEPTACLES
-        number_of[actor._objs[0].per_scene_id % 256] = first + index
+        number = OBJECTS + name_number(index, 25, OBJECT_SHAPES)
+        if kind == "plate":
+            number = RECEPTACLES + name_number(index, 17, RECEPTACLE_SHAPES)
+        number_of[actor._objs[0].per_scene_id] = number
     robot = env.agent.robot._objs[0]
     rest, object_pose = robot.qpos, env._pose("object")
     third = ("none", "object", "plate").index(episode.third)
@@ -145,11 +156,12 @@ def scene(env, rng, num_poses):
         camera = env._get_obs_with_sensor_data({})["sensor_data"][CAMERA]
         pixels = camera["rgb"][0].numpy() * tint
         found["images"].append(pixels.clip(0, 255).astype(np.uint8))
-        found["bodies"].append(number_of[camera["segmentation"][0, ::2, ::2, 0].numpy() % 256])
+        found["bodies"].append(number_of[camera["segmentation"][0, ::2, ::2, 0].numpy()])
         found["places"].append(place)
         found["mode"].append(mode)
     number = len(found["mode"])
-    meant = dict(object=int(episode.object[0]), receptacle=int(episode.plate[0]))
+    meant = dict(object=name_number(episode.object[0], 25, OBJECT_SHAPES))
+    meant["receptacle"] = name_number(episode.plate[0], 17, RECEPTACLE_SHAPES)
     for key, value in dict(meant, third=third, overlay=overlay, text=text).items():
         found[key] = [value] * number
     return found

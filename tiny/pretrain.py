@@ -30,7 +30,7 @@ from common.model.checkpoints import load_vla, save_vla
 from common.run.ranks import setup_ranks, sum_gradients, sum_over_ranks
 from demonstrations.reader import action_statistics
 from tiny.pointing import FINGERS, MODES, OBJECTS, RECEPTACLES, answer
-from tiny.scenes import NUM_OBJECTS
+from tiny.scenes import COLORS, OBJECT_SHAPES
 
 TOKEN = 16  # pixels of the side of a square that an image token sees first
 KINDS = 5  # of pixels: all else, arm, fingers, receptacles, objects
@@ -94,7 +94,8 @@ def place_loss(guess, places, shown):
 def eyes_heads(stem, pixels):
     """Linear heads: kinds of a token's pixels; which receptacle and which object it shows; places
     of what it shows; places of what the picture shows."""
-    sizes = pixels * KINDS, OBJECTS - RECEPTACLES, 25 + NUM_OBJECTS, 12, 12
+    names = OBJECTS - RECEPTACLES, 25 + len(COLORS) * len(OBJECT_SHAPES)
+    sizes = pixels * KINDS, *names, 12, 12
     return torch.nn.ModuleList(torch.nn.Linear(stem.width, size) for size in sizes)
 
 

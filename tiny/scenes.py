@@ -19,7 +19,7 @@ from common.simulation.tasks import POSITION_SETS, RING, Episodes
 from scripts.draw_tables import draw_table, small
 
 # Random ones, beside the benchmark's
-NUM_OBJECTS, NUM_RECEPTACLES, NUM_TABLES, NUM_NOISES = 200, 100, 150, 10_000
+NUM_OBJECTS, NUM_RECEPTACLES, NUM_TABLES, NUM_NOISES = 4000, 2000, 150, 10_000
 COLORS = {
     "red": "red", "green": "green", "blue": "blue", "yellow": "yellow", "orange": "orange",
     "purple": "purple", "pink": "pink", "brown": "brown", "black": "black", "white": "white",
@@ -62,12 +62,13 @@ EDGE_M = 0.01  # of free places beyond the outermost of the benchmark
 
 
 def body_row(rng, shapes, number, colors):
-    """A row of primitive_pack.json: [name, density, solid parts, seen parts] of a random body."""
-    shape = rng.choice(list(shapes))
-    color = rng.choice(list(COLORS))
+    """A row of primitive_pack.json: [name, density, solid parts, seen parts] of a random body. Its
+    name is that of the numbers `number` modulo the colours and shapes there are."""
+    color = list(COLORS)[number % len(COLORS)]
+    shape = list(shapes)[number // len(COLORS) % len(shapes)]
     kind, *ranges = shapes[shape]
     size = [round(float(rng.uniform(*limits)), 1) for limits in ranges]
-    paint = f"{color} {number}"
+    paint = f"{color} {len(colors)}"
     colors[paint] = np.clip(rng.normal(colors[COLORS[color]], 0.04), 0.02, 1.0).tolist()
     # What would roll collides as a box or an upright cylinder, as in the pack
     width, length = size[0], size[-1]
@@ -123,7 +124,6 @@ def broad_pack(seed=0):
     for number in range(NUM_OBJECTS):
         rows["objects"].append(body_row(rng, OBJECT_SHAPES, number, rows["colors"]))
     for number in range(NUM_RECEPTACLES):
-        number += NUM_OBJECTS
         rows["plates"].append(body_row(rng, RECEPTACLE_SHAPES, number, rows["colors"]))
     pack = primitive_pack(json.dumps(rows))
 
@@ -145,12 +145,19 @@ def broad_pack(seed=0):
     return replace(pack, read_photo=photo, read_texture=texture, mixes=mixes)
 
 
-def _choose(rng, num_own, num_random, other=None):
-    """An index of the pack: of its own bodies or of the random ones; not `other`."""
+def name_number(index, own, shapes):
+    """Number of a body's name: random bodies of one colour and shape share it. index: int, or an
+    array of indices in the pack, of which the first `own` are the benchmark's."""
+    index = np.asarray(index)
+    return np.where(index < own, index, own + (index - own) % (len(COLORS) * len(shapes)))
+
+
+def _choose(rng, own, num_random, shapes, other=None):
+    """An index of the pack: of its own bodies or of the random ones; not one named as `other`."""
     while True:
-        own = rng.random() < 0.45
-        index = rng.integers(num_own) if own else num_own + rng.integers(num_random)
-        if index != other:
+        benchmark = rng.random() < 0.45
+        index = rng.integers(own) if benchmark else own + rng.integers(num_random)
+        if other is None or name_number(index, own, shapes) != name_number(other, own, shapes):
             return int(index)
 
 
@@ -170,13 +177,15 @@ def _places(rng, third):
 def random_episode(rng):
     """`Episodes` of one random scene of `broad_pack`."""
     third = str(rng.choice(["none", "object", "plate"], p=[0.5, 0.3, 0.2]))
-    thing = _choose(rng, 25, NUM_OBJECTS)
-    plate = _choose(rng, 17, NUM_RECEPTACLES)
-    third_index = -1
+    objects, receptacles = (
+        (25, NUM_OBJECTS, OBJECT_SHAPES),
+        (17, NUM_RECEPTACLES, RECEPTACLE_SHAPES),
+    )
+    thing, plate, third_index = _choose(rng, *objects), _choose(rng, *receptacles), -1
     if third == "object":
-        third_index = _choose(rng, 25, NUM_OBJECTS, thing)
+        third_index = _choose(rng, *objects, thing)
     if third == "plate":
-        third_index = _choose(rng, 17, NUM_RECEPTACLES, plate)
+        third_index = _choose(rng, *receptacles, plate)
     where = rng.choice(3, p=[0.4, 0.35, 0.25])
     drawn, noise = 21 + rng.integers(NUM_TABLES), 21 + NUM_TABLES + rng.integers(NUM_NOISES)
     table = (rng.integers(16), drawn, noise)
