@@ -34,6 +34,7 @@ from tiny.scenes import COLORS, OBJECT_SHAPES
 
 TOKEN = 16  # pixels of the side of a square that an image token sees first
 PLACE_WEIGHT = 30  # with 1, places are 5 to 10 mm worse after 80,000 pictures
+EYES_WEIGHT = 0.1  # of the eyes' loss in the second stage
 KINDS = 5  # of pixels: all else, arm, fingers, receptacles, objects
 
 
@@ -100,11 +101,10 @@ def eyes_heads(stem, pixels):
     return torch.nn.ModuleList(torch.nn.Linear(stem.width, size) for size in sizes)
 
 
-def eyes_loss(stem, heads, images, bodies, shown, places, third):
+def eyes_loss(features, heads, bodies, shown, places, third):
     """() sum of the cross-entropies of kinds, receptacles and objects, nats, and, PLACE_WEIGHT
     times, of `place_loss` at every token and of the mean of all tokens. places: scaled to a
     standard deviation of 1."""
-    features = stem(images, lambda block, x: block(x))
     segment, receptacles, objects, point, overview = heads
     bodies = bodies.long()
     firsts = torch.tensor([1, FINGERS, RECEPTACLES, OBJECTS], device=bodies.device)
@@ -188,19 +188,25 @@ def main(args):
     scaled = scaled.to(device)
     heads = eyes_heads(stem, bodies.shape[2]).to(device)
 
-    def loss_of_eyes(rows, _):
-        batch = images[rows], bodies[rows], shown[rows], scaled[rows], third[rows]
+    def look(rows):
         with model.autocast():
-            return eyes_loss(stem, heads, *batch)
+            features = stem(images[rows], model.recompute)
+            batch = bodies[rows], shown[rows], scaled[rows], third[rows]
+            return features, eyes_loss(features, heads, *batch)
 
     def loss_of_pointing(rows, fraction):
-        logprobs, _ = model.bin_logprobs(images[rows], texts[rows.numpy()].tolist(), tokens[rows])
+        features, loss = look(rows)  # the eyes' own lesson goes on
+        with model.autocast():
+            seen = model.projector(features)
+        logprobs, _ = model.bin_logprobs(seen, texts[rows.numpy()].tolist(), tokens[rows])
         std = args.label_std * max(1, 8 * (1 - 2 * fraction))  # roughly right is learned sooner
-        return spread_cross_entropy(logprobs, tokens[rows] - model.bins.start, std).mean()
+        pointing = spread_cross_entropy(logprobs, tokens[rows] - model.bins.start, std).mean()
+        return pointing + EYES_WEIGHT * loss
 
+    all_pictures, both = torch.arange(len(images)), [model, heads]
     stages = (
-        ("eyes", args.eyes_updates, [stem, heads], loss_of_eyes, torch.arange(len(images))),
-        ("pointing", args.pointing_updates, [model], loss_of_pointing, pointable),
+        ("eyes", args.eyes_updates, [stem, heads], lambda rows, _: look(rows)[1], all_pictures),
+        ("pointing", args.pointing_updates, both, loss_of_pointing, pointable),
     )
     saved, state = folder.with_name(f"{folder.name}.training.pt"), None
     if saved.exists():
