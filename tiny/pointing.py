@@ -127,7 +127,11 @@ def place_arm(env, rng, mode):
 def scene(env, rng, num_poses):
     """dict of arrays of P <= num_poses poses of the arm in one scene, as in a file."""
     episode = random_episode(rng)
-    env.reset(options={"episodes": episode})
+    found = {"images": [], "bodies": [], "places": [], "mode": []}
+    try:
+        env.reset(options={"episodes": episode})
+    except ValueError:  # a body began inside another and fell through the table, once in thousands
+        return found
     names = env.pack.objects[episode.object[0]].name, env.pack.plates[episode.plate[0]].name
     text = random_text(rng, *names)
     tint = rng.uniform(0.7, 1.1) * rng.uniform(0.85, 1.15, 3) if rng.random() < 0.5 else 1.0
@@ -144,7 +148,6 @@ def scene(env, rng, num_poses):
     rest, object_pose = robot.qpos, env._pose("object")
     third = ("none", "object", "plate").index(episode.third)
     overlay = ("plain", "texture", "whole").index(episode.composite)
-    found = {"images": [], "bodies": [], "places": [], "mode": []}
     for mode in rng.choice(len(MODES), num_poses, p=SHARES):
         robot.set_qpos(rest)
         env._teleport_object(object_pose, keep_velocity=False)

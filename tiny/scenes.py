@@ -9,12 +9,12 @@ then means what it means in the study: unseen in fine-tuning.
 
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 from PIL import Image
 
-from common.simulation.assets import FOLDER, primitive_pack
+from common.simulation.assets import FOLDER, picture, primitive_pack
 from common.simulation.tasks import POSITION_SETS, RING, Episodes
 from scripts.draw_tables import draw_table, small
 
@@ -107,12 +107,13 @@ def table_row(rng):
 
 
 def noise_picture(rng, width=160, height=120):
-    """(height, width, 3) uint8: noise of a random grain and contrast around a random colour."""
+    """PIL image: noise of a random grain and contrast around a random colour."""
     cells = int(2 ** rng.uniform(0, 6))
     noise = rng.integers(256, size=(-(-cells * 3 // 4), cells, 3)).astype(np.uint8)
     noise = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
     noise = np.asarray(noise) - 127.5
-    return (rng.uniform(30, 225, 3) + rng.uniform(0, 1) * noise).clip(0, 255).astype(np.uint8)
+    pixels = rng.uniform(30, 225, 3) + rng.uniform(0, 1) * noise
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def broad_pack(seed=0):
@@ -131,18 +132,18 @@ def broad_pack(seed=0):
     def drawn(index):
         return small(draw_table(index, table_row(np.random.default_rng([seed, 2, index]))))
 
-    def photo(index):
+    def table(index):
         if index < num_tables:
-            return pack.read_photo(index)
+            return Image.fromarray(pack.background(index, 160, 120))
         if index < num_tables + NUM_TABLES:
-            return drawn(index)
+            return Image.fromarray(drawn(index))
         return noise_picture(np.random.default_rng([seed, 3, index]))
 
     def texture(index):
         return noise_picture(np.random.default_rng([seed, 4, index]))
 
-    mixes = [1.0] * (num_tables + NUM_NOISES)
-    return replace(pack, read_photo=photo, read_texture=texture, mixes=mixes)
+    looks = dict(background=partial(picture, table), texture=partial(picture, texture))
+    return replace(pack, mixes=[1.0] * (num_tables + NUM_NOISES), **looks)
 
 
 def name_number(index, own, shapes):

@@ -3,6 +3,7 @@
   scripts/draw_tables.py, and the robot is the real WidowX with boxes in place of its meshes.
 - bridge: the published files, which scripts/fetch_assets.py downloads, under MS_ASSET_DIR/data."""
 
+import json
 import os
 import re
 import shlex
