@@ -339,4 +339,4 @@ def test_first_weights_are_those_of_the_published_results():
     state, h0 = make_critic("state", model, seed=1), make_critic("h0", model, seed=1)
     assert torch.equal(torch.get_rng_state(), before), "the caller's random state"
     assert state.layers[4].weight[0, :2].tolist() == [0.012191571295261383, 0.05755876004695892]
-    assert h0.head_l3.weight[0, :2].tolist() == [0.012666321359574795, 0.006461343728005886]
+    assert h0.layers[4].weight[0, :2].tolist() == [0.012666321359574795, 0.006461343728005886]

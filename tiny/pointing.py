@@ -177,7 +177,8 @@ def _start(seed):
     from common.simulation.env import make_env
 
     torch.set_num_threads(1)
-    env = make_env(**dict(SCENES["small"], assets=broad_pack(seed)))
+    env = make_env(**SCENES["small"])
+    env.pack = broad_pack(seed)
 
 
 def _scene(seed, num_poses):

@@ -43,10 +43,10 @@ class Args:
     scenes: str = "demos/pointing"  # of tiny/pointing.py
     output: str = "runs/tiny-pretrained"  # a model directory, a start for sft_vla.py
     model: str = "tiny"  # a directory, or tiny (random weights)
-    eyes_updates: int = 12_000  # optimizer steps of the eyes alone
-    pointing_updates: int = 22_000  # of the whole model
+    eyes_updates: int = 40_000  # optimizer steps of the eyes alone
+    pointing_updates: int = 40_000  # of the whole model
     batch_size: int = 64  # over all ranks
-    learning_rate: float = 1e-3  # AdamW; each stage ends with half a cosine
+    learning_rate: float = 2e-3  # AdamW; each stage ends with half a cosine
     label_std: float = 3.0  # bins; a label is a normal distribution, wider in the first half
     report_every: int = 500  # updates, after which errors are printed and the run is saved
     seed: int = 1

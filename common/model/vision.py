@@ -126,8 +126,8 @@ class ConvStem(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        old = "a small model of an earlier version, whose pictures were others"
-        check(not hasattr(config, "crop"), f"this is {old}; use checkpoints/tiny-warmup")
+        why = "a small model of an earlier version, of other pictures; use checkpoints/tiny-warmup"
+        check(not hasattr(config, "crop"), why)
         self.size = cells = tuple(config.camera_size[::-1])  # height, width
         self.convs, self.unread, width = nn.ModuleList(), [], 3
         for channels, kernel, stride in config.stem:

@@ -1,8 +1,8 @@
 """The benchmark scene as one ManiSkill environment: a WidowX puts an object on a receptacle.
 Scene, robot, reset, success and reward follow the RL4VLA benchmark (Liu et al. 2025). Departures:
 on a CPU an episode is fixed by its id alone, because the arm is reset before the objects settle and
-only the bodies in play are in the scene (theirs: all 25 objects); and `fidelity="fixed"` moves the
-object of `position_change` once, at rest. Metres, newtons, quaternions wxyz; B environments."""
+only the bodies in play are in the scene (theirs: all 25). Metres, newtons, quaternions wxyz;
+B environments."""
 
 from functools import partial
 
@@ -65,9 +65,7 @@ class PutOnReceptacleEnv(BaseEnv):
         size, view, sim_freq = tuple(row["image_size"]), tuple(row["view"]), row["sim_freq"]
         assert size[0] * (view[3] - view[1]) == size[1] * (view[2] - view[0])
         assert sim_freq % CONTROL_FREQ == 0, f"sim_freq = {sim_freq} is no multiple of 5 Hz"
-        self.pack, self.image_size, self.view = row["assets"], size, view
-        if isinstance(self.pack, str):
-            self.pack = load_pack(self.pack)
+        self.pack, self.image_size, self.view = load_pack(row["assets"]), size, view
         self.fidelity, self.max_episode_steps = row["fidelity"], row["max_episode_steps"]
         self.set_task(task, split)
         look = dict(image_size=size, view=view, shader_pack=row["shader_pack"])
@@ -241,9 +239,9 @@ class PutOnReceptacleEnv(BaseEnv):
         for which, bodies in (("object", self.pack.objects), ("plate", self.pack.plates)):
             chosen = [bodies[k] for k in getattr(self.episodes, which)]
             self.boxes[which] = np.array([(body.bbox_min, body.bbox_max) for body in chosen])
-            height, names = self._pose(which)[:, 2].min().item(), [body.name for body in chosen]
-            why = f"a {which} of {names} fell to z = {height:.2f} m; is its collision mesh whole?"
-            check(height > TABLE_M - 0.1, why)
+            z, names = self._pose(which)[:, 2].min(), [body.name for body in chosen]
+            why = f"a {which} of {names} fell to z = {z:.2f} m; is its collision mesh whole?"
+            check(z > TABLE_M - 0.1, why)
             half = (self.boxes[which][:, 1] - self.boxes[which][:, 0]) / 2
             rotation = quat_to_matrix(self._pose(which)[:, 3:])
             self.half[which] = (np.abs(rotation) @ half[:, :, None])[:, :, 0]
@@ -262,7 +260,7 @@ class PutOnReceptacleEnv(BaseEnv):
         target = np.stack(half_turn, axis=1) + np.pad(BASE_POSE[0], (0, 4)).astype(np.float32)
         state = dict(object_pose=self._pose("object"), plate_pose=self._pose("plate"))
         state.update(tcp_pose=self._pose_of(arm.ee_link), tcp_target_pose=target)
-        state["base_pose"] = np.tile(np.float32([*BASE_POSE[0], *BASE_POSE[1]]), (len(x), 1))
+        state["base_pose"] = self._pose_of(self.agent.robot.links[0])
         state["finger_qpos"] = self.agent.robot.get_qpos()[:, 6:8].cpu().numpy()
         for which in ("object", "plate"):
             state[f"{which}_bbox"] = self.boxes[which]
@@ -393,5 +391,5 @@ def make_gym(scene="small", task="main", split="train", **settings):
     """For `gymnasium.make`: one environment in numpy, which its scene's step limit truncates."""
     check_scene(task, split, scene)
     env = make_env(**SCENES[scene] | settings, task=task, split=split)
-    limit = env.max_episode_steps
-    return gymnasium.wrappers.TimeLimit(CPUGymWrapper(env, ignore_terminations=True), limit)
+    env = CPUGymWrapper(env, ignore_terminations=True)
+    return gymnasium.wrappers.TimeLimit(env, env.unwrapped.max_episode_steps)

@@ -14,12 +14,10 @@ INITIAL_QPOS = (  # radians of waist, shoulder, elbow, forearm, wrist angle, wri
 
 
 class WidowX(base_env.WidowX250SBridgeDatasetFlatTable):
-    """ManiSkill's WidowX with a camera of any size and view and a fast controller on a CPU."""
+    """ManiSkill's WidowX with another camera and a fast controller on a CPU. Its subclass in env.py
+    has image_size, shader_pack, and view: left, top, right, bottom in the published picture."""
 
     uid = "widowx250s_cleanvla"
-    image_size = (640, 480)
-    view = (0, 0, 640, 480)  # left, top, right, bottom: the part of the published picture
-    shader_pack = "default"
 
     @property
     def _sensor_configs(self):

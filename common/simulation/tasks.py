@@ -2,14 +2,8 @@
 Liu et al., "What Can RL Bring to VLA Generalization?", arXiv 2505.19789. To add a task, add a row
 to `TASKS`. An episode id is a mixed-radix number whose digits choose object, extra, plate, table,
 position and yaw, so an id alone fixes an episode. Quaternions are wxyz, lengths metres.
-
-fidelity="published" gives the study's episodes and pictures with their quirks, "fixed" mends them:
-1. multi_carrot, test. Published: the distractor is counted from the absolute object index, so in 9
-   of 72 pairs it is missing and the target lies at the third point. Fixed: within the split.
-2. multi_plate. Published: all 21 tables, which mixes unseen ones into its rows. Fixed: tables 0-15.
-3. instruct, test. Published: templates 1-16; 17-20 are never used. Fixed: templates 1-20.
-4. Textures. Published: resized to the largest foreground of the batch, then cropped, so a picture
-   depends on the other environments. Fixed: resized to the picture's own foreground."""
+fidelity="published" gives the study's episodes and pictures with their quirks, which "fixed" mends:
+docs/benchmark.md has the list."""
 
 import math
 from dataclasses import dataclass, replace
