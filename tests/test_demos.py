@@ -88,11 +88,13 @@ def test_what_is_recorded_is_read(tmp_path):
     path = tmp_path / "old/trajectory.json"
     header = json.loads(path.read_text())
     header["settings"] = {"task": "main", "split": "train", "fidelity": "fixed"}
-    for assets, scene in (("primitive", "small"), ("bridge", "published")):
+    for assets, size in (("bridge", [640, 480]), ("primitive", [160, 120])):
         header["settings"]["assets"] = assets
+        header["env_info"]["env_kwargs"] = {"image_size": size}
         path.write_text(json.dumps(header))
-        assert read_header(path.parent)["settings"]["scene"] == scene
-    assert load_demos(path.parent).episode_ids == load_demos(recorded_demos()).episode_ids
+        if assets == "bridge":
+            assert read_header(path.parent)["settings"]["scene"] == "published"
+    refused("160, 120", read_header, path.parent)
 
 
 def test_maniskill_replays_the_file(tmp_path):

@@ -20,7 +20,7 @@ from common.simulation.robot import INITIAL_QPOS, WidowX, quat_to_matrix
 from common.simulation.tasks import OBJECTS, composite, decode, instruction, num_configurations
 
 ENV_ID = "CleanVLA-PutOnReceptacle-v1"
-SCENES = {  # what moves together: the embedded scene, and the study's own
+SCENES = {  # the embedded one, the study's; view: left, top, right, bottom in its 640x480 pixels
     "small": dict(
         assets="primitive", image_size=(80, 60), view=(56, 80, 536, 440), sim_freq=100,
         solver_iterations=4, max_episode_steps=40, fidelity="fixed", shader_pack="minimal"),
@@ -48,8 +48,7 @@ def check_scene(task, split, scene):
 
 
 class PutOnReceptacleEnv(BaseEnv):
-    """One episode is one id: `reset(options={"episode_ids": ids})`, ids (B,) int, or a scene of
-    one's own: `reset(options={"episodes": Episodes})`.
+    """One episode is one id: `reset(options={"episode_ids": (B,) int})`; "episodes": `Episodes`.
     Args: task, split: see tasks.py; the others are a row of SCENES. Nothing ends an episode:
         max_episode_steps is what `state_features` measures progress by.
     Observation: ManiSkill's rgb+segmentation, rgb composited over the table's photo:
@@ -142,13 +141,11 @@ class PutOnReceptacleEnv(BaseEnv):
         if len(env_idx) != self.num_envs:
             raise ValueError(f"{len(env_idx)} of {self.num_envs} environments: all settle at once")
         gymnasium.Env.reset(self, seed=int(self._main_seed[0]))  # ManiSkill leaves this one out
-        ids = options.get("episode_ids")
-        if ids is None:
-            most = num_configurations(self.task, self.split, self.fidelity)
-            ids = self._batched_episode_rng.randint(min(most, 2**31 - 1))
-        ids = np.asarray(ids, dtype=np.int64).reshape(self.num_envs)
-        e = options.get("episodes") or decode(self.task, self.split, ids, self.fidelity)
-        self.episodes = e
+        most = num_configurations(self.task, self.split, self.fidelity)
+        drawn = self._batched_episode_rng.randint(min(most, 2**31 - 1))
+        ids = np.asarray(options.get("episode_ids", drawn), np.int64).reshape(self.num_envs)
+        scene = self.task, self.split, ids, self.fidelity
+        self.episodes = e = options.get("episodes") or decode(*scene)
         spawns = [("object", e.object, e.object_xyz, e.object_quat)]
         spawns.append(("plate", e.plate, e.plate_xyz, e.plate_quat))
         if e.third in ("object", "plate") and (e.third_index >= 0).any():
@@ -229,8 +226,7 @@ class PutOnReceptacleEnv(BaseEnv):
         return self._for_selected(which, self._pose_of)
 
     def _force(self, body, other):
-        """(B, 3) newtons between two bodies."""
-        return self.scene.get_pairwise_contact_forces(body, other).cpu().numpy()
+        return self.scene.get_pairwise_contact_forces(body, other).cpu().numpy()  # (B, 3) newtons
 
     def _measure_bodies(self):
         """Boxes (B, 2, 3): least and largest corner of the collision shapes in the frame of each.

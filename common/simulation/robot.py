@@ -14,8 +14,7 @@ INITIAL_QPOS = (  # radians of waist, shoulder, elbow, forearm, wrist angle, wri
 
 
 class WidowX(base_env.WidowX250SBridgeDatasetFlatTable):
-    """ManiSkill's WidowX with another camera and a fast controller on a CPU. Its subclass in env.py
-    has image_size, shader_pack, and view: left, top, right, bottom in the published picture."""
+    """ManiSkill's WidowX; a subclass in env.py has image_size, shader_pack and view: see SCENES."""
 
     uid = "widowx250s_cleanvla"
 

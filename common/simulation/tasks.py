@@ -2,8 +2,7 @@
 Liu et al., "What Can RL Bring to VLA Generalization?", arXiv 2505.19789. To add a task, add a row
 to `TASKS`. An episode id is a mixed-radix number whose digits choose object, extra, plate, table,
 position and yaw, so an id alone fixes an episode. Quaternions are wxyz, lengths metres.
-fidelity="published" gives the study's episodes and pictures with their quirks, which "fixed" mends:
-docs/benchmark.md has the list."""
+fidelity="published" has the study's quirks, which "fixed" mends: docs/benchmark.md."""
 
 import math
 from dataclasses import dataclass, replace
@@ -171,7 +170,6 @@ class Episodes:
 
 
 def get_task(name, fidelity="fixed"):
-    """A row of the table; ValueError for an unknown name or fidelity."""
     check(name in TASKS, f"task = {name!r} is not known; use one of {', '.join(TASKS)}")
     check(fidelity in ("fixed", "published"), f"fidelity = {fidelity!r} is not known; use fixed")
     columns = PUBLISHED.get(name, {}) if fidelity == "published" else {}
