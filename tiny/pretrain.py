@@ -35,6 +35,7 @@ from tiny.scenes import COLORS, OBJECT_SHAPES
 TOKEN = 16  # pixels of the side of a square that an image token sees first
 PLACE_WEIGHT = 30  # with 1, places are 5 to 10 mm worse after 80,000 pictures
 EYES_WEIGHT = 0.1  # of the eyes' loss in the second stage
+QUESTION = "where: "  # before half of the instructions: may outlive a fine-tuning on actions
 KINDS = 5  # of pixels: all else, arm, fingers, receptacles, objects
 
 
@@ -136,7 +137,7 @@ def errors(model, data, most=None):
     rows = torch.nonzero(all_in_view(data["shown"])).flatten()[:most]
     tokens = []
     for part in rows.split(256):
-        texts = data["text"][part.numpy()].tolist()
+        texts = [QUESTION + text for text in data["text"][part.numpy()]]
         tokens.append(model.act(data["images"][part], texts, temperature=0)[0].cpu())
     off = model.decode_actions(torch.cat(tokens)).numpy() - answer(data["places"][rows].numpy())
     thing, plate = (1000 * np.linalg.norm(off[:, k], axis=1) for k in ([0, 1], [3, 4]))
@@ -194,12 +195,14 @@ def main(args):
             batch = bodies[rows], shown[rows], scaled[rows], third[rows]
             return features, eyes_loss(features, heads, *batch)
 
-    def loss_of_pointing(rows, fraction):
+    def loss_of_pointing(rows, number):
         features, loss = look(rows)  # the eyes' own lesson goes on
         with model.autocast():
             seen = model.projector(features)
-        logprobs, _ = model.bin_logprobs(seen, texts[rows.numpy()].tolist(), tokens[rows])
-        std = args.label_std * max(1, 8 * (1 - 2 * fraction))  # roughly right is learned sooner
+        asked = [QUESTION * ((row + number) % 2) + texts[row] for row in rows.tolist()]
+        logprobs, _ = model.bin_logprobs(seen, asked, tokens[rows])
+        # Roughly right is learned sooner
+        std = args.label_std * max(1, 8 * (1 - 2 * number / args.pointing_updates))
         pointing = spread_cross_entropy(logprobs, tokens[rows] - model.bins.start, std).mean()
         return pointing + EYES_WEIGHT * loss
 
@@ -230,7 +233,7 @@ def main(args):
             rng = np.random.default_rng([args.seed, number])
             rows = among[rng.integers(len(among), size=args.batch_size)]
             optimizer.zero_grad()
-            loss = loss_of(rows[rank::world_size], fraction) / world_size
+            loss = loss_of(rows[rank::world_size], number) / world_size
             loss.backward()
             sum_gradients(parameters)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
