@@ -128,13 +128,14 @@ def kinds():
 
 def test_the_best_checkpoint_is_the_one_with_the_highest_success(begin):
     """Stops the worst or the last from being kept as the best, and a resume from forgetting it."""
-    run = begin("--num-iterations 9", [0.2, 0.8, 0.5])
+    run = begin("--num-iterations 9 --keep-every 2", [0.2, 0.8, 0.5])
     for iteration, best in enumerate((1, 1, 1, 4), 1):
         if iteration == 3:
             run = begin("--resume runs/x", [0.6, 0.9])
             assert run.iteration == 2 and run.evaluations == [0.2, 0.8, 0.5]
         run.finish(iteration, {}, step=iteration)
-        assert kinds() == [f"best-00000{best}", f"checkpoint-00000{iteration}"]
+        kept = [f"checkpoint-00000{k}" for k in range(iteration + 1) if k in (0, 2, 4, iteration)]
+        assert kinds() == [f"best-00000{best}", *kept]
 
 
 @pytest.mark.parametrize("where", ["save", "fsync", "rename"])

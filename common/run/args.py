@@ -27,6 +27,7 @@ class Run:
     seed: int = 1  # of training episodes, sampling, minibatches and new weights
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the model
     track: bool = False  # log to Weights & Biases too
+    keep_every: int = 0  # iterations between checkpoints that stay; 0 = only the latest stays
     eval_every: int = 10  # iterations between evaluations on held-out episodes; 0 = none
     eval_episodes: int = 64  # 64 episodes at 94 % success have the 95 % interval [85, 98]
 
@@ -52,9 +53,9 @@ class Model:
 FIXED = """preset name seed eval_episodes task scene sim_device model unnorm_key lora_rank
     freeze_vision critic num_envs num_steps group_size same_state num_trajectories num_updates
     batch_size demos num_demos val_demos drop_idle statistics""".split()
-MAY_BE_ZERO = """seed eval_every eval_episodes lora_rank reset_after_success learning_rate clip_low
-    value_learning_rate value_warmup_iterations vf_coef ent_coef gamma gae_lambda clip_coef
-    clip_high filter_low filter_high num_demos warmup_updates""".split()
+MAY_BE_ZERO = """seed keep_every eval_every eval_episodes lora_rank reset_after_success clip_low
+    learning_rate value_learning_rate value_warmup_iterations vf_coef ent_coef gamma gae_lambda
+    clip_coef clip_high filter_low filter_high num_demos warmup_updates""".split()
 AT_MOST_ONE = "gamma gae_lambda filter_high noise_probability blunder_probability".split()
 
 
