@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo pretrained warmup test test-long lint format doctor docs extras lock clean
+.PHONY: help setup demo pretrained warmup study test test-long lint format doctor docs extras lock clean
 help:
 	@echo "make demo       trains PPO for a few iterations and says where curve and video are"
 	@echo "make test       ruff and the tests (arguments for pytest: PYTEST_ARGS='-k gae')"
@@ -48,6 +48,10 @@ warmup: setup
 		--eval-every 5 --eval-episodes 192
 	$(SHIP) runs/tiny-warmup/checkpoint-000005 checkpoints/tiny-warmup
 	cp runs/tiny-warmup/args.json checkpoints/tiny-warmup/
+
+# The runs of docs/study.md: days on two cores; STUDY_ARGS=--quick has all steps in minutes
+study: setup
+	$(PY) benchmarks/study.py $(STUDY_ARGS)
 
 # whole files in parallel: most of a test is one process that waits for another
 PYTEST = $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
