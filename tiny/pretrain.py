@@ -45,7 +45,7 @@ class Args:
     output: str = "runs/tiny-pretrained"  # a model directory, a start for sft_vla.py
     model: str = "tiny"  # a directory, or tiny (random weights)
     eyes_updates: int = 40_000  # optimizer steps of the eyes alone
-    pointing_updates: int = 40_000  # of the whole model
+    pointing_updates: int = 24_000  # of the whole model
     batch_size: int = 64  # over all ranks
     learning_rate: float = 2e-3  # AdamW; each stage ends with half a cosine
     label_std: float = 3.0  # bins; a label is a normal distribution, wider in the first half
