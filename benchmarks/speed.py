@@ -51,7 +51,7 @@ def run(folder, command):
 def measure(folder):
     """dict of lists: PPO's steps/s per iteration, eval_ood.py's episodes per minute."""
     run(folder, PPO)
-    lines = Path(folder, "runs/speed/metrics.jsonl").read_text().splitlines()
+    lines = Path(folder, "runs/speed/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps_per_s = [json.loads(line).get("charts/SPS") for line in lines][2:]
     minutes = run(folder, EVAL) / 60
     return {"ppo steps/s": steps_per_s, "eval_ood.py episodes/min": [NUM_EPISODES / minutes]}
@@ -84,7 +84,7 @@ def main(args):
     print(tabulate(table, headers))
     result = dict(command=" ".join(sys.argv), commits=commits, cores=cores(), **machine())
     result.update(runs=found, table=[dict(zip(headers, row, strict=True)) for row in table])
-    Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+    Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
