@@ -10,6 +10,7 @@ again; a run that was interrupted is resumed.
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -106,10 +107,13 @@ def main(args):
             output, paths = f"results/{study}/{arm}-{seed}", [str(path) for path in checkpoints]
             flags = ["--num-episodes", str(episodes), "--output", output]
             run("eval_ood.py", "--checkpoint", *paths, *flags)
+            for file in ("args.json", "metrics.jsonl"):
+                shutil.copy(Path("runs", name, file), output)
             if not Path(output, "kept.json").exists():
                 kept = ["--output", f"{output}/kept.json"]
                 kept += ["--num-episodes", "16"] if args.quick else []
                 run("benchmarks/kept.py", "--checkpoint", paths[-1], *kept)
+            run("benchmarks/study_report.py", f"results/{study}")
 
 
 if __name__ == "__main__":

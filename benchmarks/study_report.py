@@ -1,0 +1,229 @@
+"""Summary, tables and figures of the study, from its raw files: docs/study.md has the protocol.
+
+python benchmarks/study_report.py results/study    # writes summary.json, tables.md, figure.png
+"""
+
+import json
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from benchmarks.curves import COLOURS, held_out, in_words
+from benchmarks.study import ARMS
+from common.run.evaluate import wilson
+from common.run.files import read_json, write_atomic
+from common.simulation.tasks import REPORT_ROWS
+from scripts.report import OOD, compare
+
+DIMENSIONS = ("id", *OOD)
+BOTH = SFT, RL = "sft-8000", "ppo"  # of the primary comparison
+MATCHED, EQUAL = 0.05, 0.03  # success in distribution may differ by; what counts as no difference
+DRAWS = 10_000
+SIZES = {"sft-125": 125, "sft-500": 500, "sft-2000": 2000, "sft-8000": 8000}
+
+
+# --- read ---
+def read_arms(root):
+    """dict arm -> dict seed -> what was recorded: "checkpoints", dict number -> rows, ..."""
+    arms = {arm: {} for arm in ARMS}
+    for path in sorted(root.glob("*-*/results.json")):
+        arm, _, seed = path.parent.name.rpartition("-")
+        policies = read_json(path)["policies"]
+        checkpoints = {int(name[-6:]): entry["rows"] for name, entry in policies.items()}
+        log = path.with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        logged = [json.loads(line) for line in log]
+        seconds = sum(row.get("time/rollout_s", 0) + row.get("time/update_s", 0) for row in logged)
+        kept = path.with_name("kept.json")
+        arms[arm][int(seed)] = {
+            "checkpoints": dict(sorted(checkpoints.items())), "minutes": seconds / 60,
+            "steps": logged[-1]["step"], "log": path.with_name("metrics.jsonl"),
+            "kept": next(iter(read_json(kept).values())) if kept.exists() else None,
+        }  # fmt: skip
+    return {arm: runs for arm, runs in arms.items() if runs}
+
+
+def last(run):
+    return [*run["checkpoints"].values()][-1]
+
+
+def means(rows):
+    """dict dimension -> mean success over its rows, and "ood", the mean of the three."""
+    found = {}
+    for name in DIMENSIONS:
+        inside = [row["k"] / row["n"] for row in rows.values() if row["dimension"] == name]
+        found[name] = float(np.mean(inside))
+    return found | {"ood": float(np.mean([found[name] for name in OOD]))}
+
+
+# --- the primary comparison ---
+def matched(a, b):
+    """Numbers of the checkpoints of two runs that are compared: of those pairs that differ by at
+    most MATCHED in distribution, the one whose lesser success is highest; None: there is none."""
+    ids = [{k: means(rows)["id"] for k, rows in run["checkpoints"].items()} for run in (a, b)]
+    fits = [(x, y) for x, y in product(*ids) if abs(ids[0][x] - ids[1][y]) <= MATCHED]
+    return max(fits, key=lambda pair: min(ids[0][pair[0]], ids[1][pair[1]]), default=None)
+
+
+def differences(pairs):
+    """Mean difference b - a per dimension and "ood" over pairs of rows, with the 95 % interval of
+    a bootstrap over seeds and, within each row, over its paired episodes."""
+    rng, names = np.random.default_rng(0), (*DIMENSIONS, "ood")
+    change = []  # per pair: dict dimension -> (rows, episodes)
+    for a, b in pairs:
+        rows = [[np.subtract(b[r]["success"], a[r]["success"]) for r in a if
+                 a[r]["dimension"] == name] for name in DIMENSIONS]  # fmt: skip
+        change.append([np.array(part) for part in rows])
+
+    def draw():
+        found = []
+        for seed in rng.integers(len(change), size=len(change)):
+            parts = [
+                part[np.arange(len(part))[:, None], rng.integers(part.shape[1], size=part.shape)]
+                for part in change[seed]
+            ]
+            found.append([part.mean() for part in parts])
+        return np.mean(found, axis=0)
+
+    draws = np.array([draw() for _ in range(DRAWS)])
+    draws = np.column_stack([draws, draws[:, 1:].mean(axis=1)])
+    point = np.mean([[part.mean() for part in parts] for parts in change], axis=0)
+    point = [*point, point[1:].mean()]
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    return {
+        name: {"difference": float(point[k]), "low": float(low[k]), "high": float(high[k])}
+        for k, name in enumerate(names)
+    }
+
+
+def verdict(ood, signs):
+    if ood["low"] > 0 and set(signs) == {1.0}:
+        return "RL generalises better, here"
+    return "refuted here: SFT is equal or better" if ood["high"] < EQUAL else "not decided"
+
+
+def primary(arms):
+    """RL against SFT at matched success in distribution, and at their ends."""
+    found = {}
+    for when in ("matched", "end"):
+        pairs, tests, chosen = [], {}, {}
+        for seed in sorted(arms[RL].keys() & arms[SFT].keys()):
+            a, b = (arms[arm][seed] for arm in BOTH)
+            numbers = (
+                matched(a, b) if when == "matched" else [max(r["checkpoints"]) for r in (a, b)]
+            )
+            if numbers:
+                rows = [run["checkpoints"][k] for run, k in zip((a, b), numbers, strict=True)]
+                pairs.append(rows)
+                chosen[seed] = list(numbers)
+                keep = {name: row for name, row in rows[0].items() if row["dimension"] != "id"}
+                (ood,) = [t for t in compare(keep, rows[1]) if t[""] == "ood"]
+                tests[seed] = {k: float(ood[k]) for k in ("b - a", "only a", "only b", "p")}
+        if pairs:
+            found[when] = differences(pairs)
+            signs = np.sign([test["b - a"] for test in tests.values()]).tolist()
+            found[when].update(checkpoints=chosen, mcnemar=tests)
+            found[when]["verdict"] = verdict(found[when]["ood"], signs)
+    return found
+
+
+# --- write ---
+def summarize(arms):
+    summary = {}
+    for arm, runs in arms.items():
+        ends = [last(run) for run in runs.values()]
+        rows = {
+            name: {key: sum(rows[name][key] for rows in ends) for key in "kn"} for name in ends[0]
+        }
+        each = [means(rows) for rows in ends]
+        mean = {name: float(np.mean([m[name] for m in each])) for name in each[0]}
+        summary[arm] = {"seeds": [*runs], "rows": rows, **mean, "per_seed": each}
+        for key in ("minutes", "steps"):
+            summary[arm][key] = float(np.mean([run[key] for run in runs.values()]))
+        kept = [run["kept"] for run in runs.values() if run["kept"]]
+        if kept:
+            new = "far, random bodies"
+            summary[arm]["kl"] = float(np.mean([[*k["kl"].values()] for k in kept]))
+            summary[arm]["pointing_mm"] = float(
+                np.mean([k["pointing"][new]["object_mm"] for k in kept])
+            )
+    return {"arms": summary, "primary": primary(arms) if all(a in arms for a in BOTH) else {}}
+
+
+def tables(summary):
+    """Markdown: the paper's table with ours beside it; arms; the primary comparison."""
+    arms, lines = summary["arms"], []
+    for name, dimension, _, _, sft, ppo in REPORT_ROWS:
+        line = {"row": name, "dimension": dimension, "paper SFT": sft, "paper PPO": ppo}
+        for arm, entry in arms.items():
+            line[arm] = f"{entry['rows'][name]['k'] / entry['rows'][name]['n']:.2f}"
+        lines.append(line)
+    parts = ["# Success at the end, all seeds together", tabulate(lines, "keys", "github")]
+    columns = (*DIMENSIONS, "ood", "kl", "pointing_mm", "minutes", "steps")
+    lines = [{"arm": arm, "seeds": len(e["seeds"]), **{c: e.get(c) for c in columns}}
+             for arm, e in arms.items()]  # fmt: skip
+    parts += ["# Arms", tabulate(lines, "keys", "github", floatfmt=".3g")]
+    for when, found in summary["primary"].items():
+        lines = [{"": name, **found[name]} for name in (*DIMENSIONS, "ood")]
+        parts += [f"# {RL} - {SFT}, {when}: {found['verdict']}"]
+        parts += [tabulate(lines, "keys", "github", floatfmt="+.3f")]
+    return "\n\n".join(parts) + "\n"
+
+
+def figure(arms, summary):
+    fig = Figure((12, 8), layout="constrained")
+    curve, bars, steps, scale = fig.subplots(2, 2).flat
+    colours = dict(zip(arms, 2 * COLOURS, strict=False))
+    for arm in BOTH:
+        for run in arms.get(arm, {}).values():
+            at = [means(rows) for rows in run["checkpoints"].values()]
+            x, y = ([m[name] for m in at] for name in ("id", "ood"))
+            (line,) = curve.plot(x, y, "o-", color=colours[arm])
+        if arm in arms:
+            line.set_label(arm)
+    curve.set(xlabel="success in distribution", ylabel="mean of the three shifted dimensions")
+    width = 0.8 / len(arms)
+    for k, (arm, entry) in enumerate(summary["arms"].items()):
+        counts = {name: np.zeros(2) for name in DIMENSIONS}
+        for name, dimension, *_ in REPORT_ROWS:
+            counts[dimension] += [entry["rows"][name]["k"], entry["rows"][name]["n"]]
+        share = np.array([k / n for k, n in counts.values()])
+        error = np.abs(np.transpose([wilson(*count) for count in counts.values()]) - share)
+        at = np.arange(len(DIMENSIONS)) + (k + 0.5) * width - 0.4
+        look = dict(ecolor="0.3", color=colours[arm], label=arm)
+        bars.bar(at, share, width * 0.9, yerr=error, **look)
+    bars.set_xticks(range(len(DIMENSIONS)), DIMENSIONS)
+    for arm in [arm for arm in arms if not arm.startswith("sft")]:
+        for run in arms[arm].values():
+            (line,) = steps.plot(*held_out(run["log"]), color=colours[arm])
+        line.set_label(arm)
+    steps.set(xlabel="environment steps", ylabel="success on its own held-out episodes")
+    steps.xaxis.set_major_formatter(in_words)
+    sizes = {arm: size for arm, size in SIZES.items() if arm in arms}
+    for name in DIMENSIONS:
+        y = [summary["arms"][arm][name] for arm in sizes]
+        scale.semilogx(list(sizes.values()), y, "o-", label=name)
+    scale.set_xticks(list(sizes.values()), list(sizes.values()), minor=False)
+    scale.set_xticks([], minor=True)
+    scale.set(xlabel="clean demonstrations", ylabel="success of cloning")
+    for axes in (curve, bars, steps, scale):
+        axes.set_ylim(0, 1)
+        axes.legend(fontsize="small")
+    return fig
+
+
+def main(directory):
+    root = Path(directory)
+    arms = read_arms(root)
+    summary = summarize(arms)
+    write_atomic(root / "summary.json", json.dumps(summary, indent=1))
+    write_atomic(root / "tables.md", tables(summary))
+    figure(arms, summary).savefig(root / "figure.png", dpi=110)
+    print(tables(summary))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
