@@ -3,9 +3,9 @@
     python -m tiny.pointing --output demos/pointing
 
 OpenVLA starts from a vision-language model that knows where things are; the small model learns it
-here, without one robot action. In a random scene (tiny/scenes.py) the arm takes random poses, in a
-quarter of them with the object in hand. The answer is seven numbers, scored by the same tokens as
-an action, in the base's axes:
+here, without one robot action. In every picture of a random scene (tiny/scenes.py) its bodies and
+the arm are elsewhere, in a quarter of them with the object in hand. The answer is seven numbers,
+scored by the same tokens as an action, in the base's axes:
     0:3 object - TCP, 3:5 receptacle - TCP (metres), 5:7 m cos 2b, m sin 2b of the object's short
     horizontal axis: its angle b (which would jump by half a circle) and its elongation m (0: round)
 
@@ -37,6 +37,7 @@ from tiny.scenes import (
     RECEPTACLE_SHAPES,
     broad_pack,
     name_number,
+    random_bodies,
     random_episode,
     random_text,
 )  # fmt: skip
@@ -53,10 +54,10 @@ OBJECTS = RECEPTACLES + 17 + len(COLORS) * len(RECEPTACLE_SHAPES)
 @dataclass
 class Args:
     output: str = "demos/pointing"  # a directory
-    num_scenes: int = 40_000
+    num_scenes: int = 60_000
     scenes_per_file: int = 1000
     val_scenes: int = 1000  # with other bodies
-    poses_per_scene: int = 5  # of the arm, one picture and answer each
+    pictures_per_scene: int = 8  # of the same bodies, elsewhere on another table
     seed: int = 0
 
 
@@ -124,17 +125,30 @@ def place_arm(env, rng, mode):
     return True
 
 
-def scene(env, rng, num_poses):
-    """dict of arrays of P <= num_poses poses of the arm in one scene, as in a file."""
-    episode = random_episode(rng)
-    found = {"images": [], "bodies": [], "places": [], "mode": []}
+def place_bodies(env, rest):
+    """Move the bodies from where they came to rest to the places of `env.episodes`, turned."""
+    import sapien
+
+    e = env.episodes
+    meant = {("object", int(e.object[0])): "object", ("plate", int(e.plate[0])): "plate"}
+    for key, pose in rest.items():
+        which = meant.get(key, "third")
+        xyz, turn = getattr(e, f"{which}_xyz")[0], getattr(e, f"{which}_quat")[0]
+        turned = sapien.Pose(q=turn) * sapien.Pose(q=pose.q)
+        env._in_play[key]._objs[0].set_pose(sapien.Pose([*xyz[:2], pose.p[2]], turned.q))
+
+
+def scene(env, rng, num_pictures):
+    """dict of arrays of P <= num_pictures pictures of the same bodies, as in a file."""
+    bodies = random_bodies(rng)
+    episode = random_episode(rng, bodies)
+    keys = "images bodies places text object receptacle third overlay mode".split()
+    found = {key: [] for key in keys}
     try:
         env.reset(options={"episodes": episode})
     except ValueError:  # a body began inside another and fell through the table, once in thousands
         return found
     names = env.pack.objects[episode.object[0]].name, env.pack.plates[episode.plate[0]].name
-    text = random_text(rng, *names)
-    tint = rng.uniform(0.7, 1.1) * rng.uniform(0.85, 1.15, 3) if rng.random() < 0.5 else 1.0
     number_of = np.zeros(2**15, np.uint16)  # by a body's number in the segmentation
     for link in env.agent.robot.links:
         finger = link in (env.agent.finger1_link, env.agent.finger2_link)
@@ -145,28 +159,29 @@ def scene(env, rng, num_poses):
             number = RECEPTACLES + name_number(index, 17, RECEPTACLE_SHAPES)
         number_of[actor._objs[0].per_scene_id] = number
     robot = env.agent.robot._objs[0]
-    rest, object_pose = robot.qpos, env._pose("object")
-    third = ("none", "object", "plate").index(episode.third)
-    overlay = ("plain", "texture", "whole").index(episode.composite)
-    for mode in rng.choice(len(MODES), num_poses, p=SHARES):
-        robot.set_qpos(rest)
-        env._teleport_object(object_pose, keep_velocity=False)
+    qpos, rest = robot.qpos, {key: env._in_play[key]._objs[0].pose for key in env._in_play}
+    for mode in rng.choice(len(MODES), num_pictures, p=SHARES):
+        env.episodes = episode = random_episode(rng, bodies)
+        env._load_images()
+        robot.set_qpos(qpos)
+        place_bodies(env, rest)
         if not place_arm(env, rng, MODES[mode]):
             continue
         place = places(env.privileged_state())
         if not np.isfinite(place).all():  # bodies that began inside each other, once in 10,000
             continue
         camera = env._get_obs_with_sensor_data({})["sensor_data"][CAMERA]
-        pixels = camera["rgb"][0].numpy() * tint
-        found["images"].append(pixels.clip(0, 255).astype(np.uint8))
-        found["bodies"].append(number_of[camera["segmentation"][0, ::2, ::2, 0].numpy()])
-        found["places"].append(place)
-        found["mode"].append(mode)
-    number = len(found["mode"])
-    meant = dict(object=name_number(episode.object[0], 25, OBJECT_SHAPES))
-    meant["receptacle"] = name_number(episode.plate[0], 17, RECEPTACLE_SHAPES)
-    for key, value in dict(meant, third=third, overlay=overlay, text=text).items():
-        found[key] = [value] * number
+        tint = rng.uniform(0.7, 1.1) * rng.uniform(0.85, 1.15, 3) if rng.random() < 0.5 else 1.0
+        pixels = (camera["rgb"][0].numpy() * tint).clip(0, 255).astype(np.uint8)
+        shown = number_of[camera["segmentation"][0, ::2, ::2, 0].numpy()]
+        meant = name_number(episode.object[0], 25, OBJECT_SHAPES)
+        receptacle = name_number(episode.plate[0], 17, RECEPTACLE_SHAPES)
+        third = ("none", "object", "plate").index(episode.third)
+        overlay = ("plain", "texture", "whole").index(episode.composite)
+        text = random_text(rng, *names)
+        values = pixels, shown, place, text, meant, receptacle, third, overlay, mode
+        for key, value in zip(keys, values, strict=True):
+            found[key].append(value)
     return found
 
 
@@ -181,8 +196,8 @@ def _start(seed):
     env.pack = broad_pack(seed)
 
 
-def _scene(seed, num_poses):
-    return scene(env, np.random.default_rng(seed), num_poses)
+def _scene(seed, num_pictures):
+    return scene(env, np.random.default_rng(seed), num_pictures)
 
 
 def write(path, args, seed, numbers):
@@ -191,7 +206,8 @@ def write(path, args, seed, numbers):
     pool = ProcessPoolExecutor(cores(), context, _start, (seed,))
     temporary, columns = path.with_suffix(".tmp"), {}
     with pool:
-        jobs = pool.map(_scene, [[seed, k] for k in numbers], [args.poses_per_scene] * len(numbers))
+        seeds = [[seed, number] for number in numbers]
+        jobs = pool.map(_scene, seeds, [args.pictures_per_scene] * len(seeds))
         for found in tqdm(jobs, total=len(numbers), unit="scene", desc=path.name):
             for key, values in found.items():
                 columns.setdefault(key, []).extend(values)

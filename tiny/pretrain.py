@@ -7,8 +7,9 @@ OpenVLA starts from towers and a language model that have seen the web; the smal
 the simulator what it needs of that: which pixel shows what, what things are called, where they are
 and how they lie, which of two is meant. No action is in it. Pointing alone is slow: until the whole
 way from pixels to a place works, nothing is learned. The eyes' stage teaches the first part, at
-every image token: which kind of thing each of its pixels shows, which object and which receptacle
-that is, and where; from the mean of all tokens: where all of them are. Its heads are not kept.
+every image token: which kind of thing each of its pixels shows, and where it is; which object and
+which receptacle, by the language model's own words for it, as CLIP does; from the mean of all
+tokens: where all of them are. Its heads are not kept.
 
 The same command continues a run that was interrupted.
 """
@@ -30,10 +31,11 @@ from common.model.checkpoints import load_vla, save_vla
 from common.run.ranks import setup_ranks, sum_gradients, sum_over_ranks
 from demonstrations.reader import action_statistics
 from tiny.pointing import FINGERS, MODES, OBJECTS, RECEPTACLES, answer
-from tiny.scenes import COLORS, OBJECT_SHAPES
+from tiny.scenes import class_names
 
 TOKEN = 16  # pixels of the side of a square that an image token sees first
 PLACE_WEIGHT = 30  # with 1, places are 5 to 10 mm worse after 80,000 pictures
+SHARPNESS = 16  # of the cosine between an image token and a name
 EYES_WEIGHT = 0.1  # of the eyes' loss in the second stage
 QUESTION = "where: "  # before half of the instructions: may outlive a fine-tuning on actions
 KINDS = 5  # of pixels: all else, arm, fingers, receptacles, objects
@@ -95,26 +97,34 @@ def place_loss(guess, places, shown):
 
 
 def eyes_heads(stem, pixels):
-    """Linear heads: kinds of a token's pixels; which receptacle and which object it shows; places
-    of what it shows; places of what the picture shows."""
-    names = OBJECTS - RECEPTACLES, 25 + len(COLORS) * len(OBJECT_SHAPES)
-    sizes = pixels * KINDS, *names, 12, 12
+    """Linear heads: kinds of a token's pixels; places of what it shows; of what the picture
+    shows."""
+    sizes = pixels * KINDS, 12, 12
     return torch.nn.ModuleList(torch.nn.Linear(stem.width, size) for size in sizes)
 
 
-def eyes_loss(features, heads, bodies, shown, places, third):
+def count_words(model):
+    """(C, V) float32: how often each token of the vocabulary stands in each name."""
+    counts = torch.zeros(len(class_names()), model.config.text_config.vocab_size)
+    for row, name in zip(counts, class_names(), strict=True):
+        for token in model.tokenizer.encode(name, add_special_tokens=False).ids:
+            row[token] += 1
+    return counts.to(model.device)
+
+
+def eyes_loss(features, named, heads, bodies, shown, places, third):
     """() sum of the cross-entropies of kinds, receptacles and objects, nats, and, PLACE_WEIGHT
-    times, of `place_loss` at every token and of the mean of all tokens. places: scaled to a
-    standard deviation of 1."""
-    segment, receptacles, objects, point, overview = heads
+    times, of `place_loss` at every token and of the mean of all tokens. named: (B, tokens, C)
+    logits of `class_names`; places: scaled to a standard deviation of 1."""
+    segment, point, overview = heads
     bodies = bodies.long()
     firsts = torch.tensor([1, FINGERS, RECEPTACLES, OBJECTS], device=bodies.device)
     kinds = torch.bucketize(bodies, firsts, right=True)
     loss = F.cross_entropy(segment(features).float().view(-1, KINDS), kinds.flatten())
-    for head, kind, first in ((receptacles, 3, RECEPTACLES), (objects, 4, OBJECTS)):
+    both = named.float().flatten(0, 1).tensor_split([OBJECTS - RECEPTACLES], dim=1)
+    for logits, kind, first in zip(both, (3, 4), (RECEPTACLES, OBJECTS), strict=True):
         which = torch.where(kinds == kind, bodies - first, -1).amax(2)  # (B, tokens), -1: none
         if (which >= 0).any():
-            logits = head(features).float().flatten(0, 1)
             loss = loss + F.cross_entropy(logits, which.flatten(), ignore_index=-1)
     in_picture = shown.any(1, keepdim=True)  # (B, 1, 3)
     in_picture[third == 1, :, 0] = False  # which of two is meant, the text tells
@@ -188,17 +198,19 @@ def main(args):
     images, bodies, shown, third = (data[name].to(device) for name in names)
     scaled = scaled.to(device)
     heads = eyes_heads(stem, bodies.shape[2]).to(device)
+    words, embedding = count_words(model), model.language_model.model.embed_tokens
 
     def look(rows):
         with model.autocast():
             features = stem(images[rows], model.recompute)
+            seen = model.projector(features)
+            names = F.normalize(words @ embedding.weight, dim=1)
+            named = SHARPNESS * F.normalize(seen.float(), dim=2) @ names.T
             batch = bodies[rows], shown[rows], scaled[rows], third[rows]
-            return features, eyes_loss(features, heads, *batch)
+            return seen, eyes_loss(features, named, heads, *batch)
 
     def loss_of_pointing(rows, number):
-        features, loss = look(rows)  # the eyes' own lesson goes on
-        with model.autocast():
-            seen = model.projector(features)
+        seen, loss = look(rows)  # the eyes' own lesson goes on
         asked = [QUESTION * ((row + number) % 2) + texts[row] for row in rows.tolist()]
         logprobs, _ = model.bin_logprobs(seen, asked, tokens[rows])
         # Roughly right is learned sooner
@@ -206,10 +218,10 @@ def main(args):
         pointing = spread_cross_entropy(logprobs, tokens[rows] - model.bins.start, std).mean()
         return pointing + EYES_WEIGHT * loss
 
-    all_pictures, both = torch.arange(len(images)), [model, heads]
+    all_pictures, eyes = torch.arange(len(images)), [stem, model.projector, embedding, heads]
     stages = (
-        ("eyes", args.eyes_updates, [stem, heads], lambda rows, _: look(rows)[1], all_pictures),
-        ("pointing", args.pointing_updates, both, loss_of_pointing, pointable),
+        ("eyes", args.eyes_updates, eyes, lambda rows, _: look(rows)[1], all_pictures),
+        ("pointing", args.pointing_updates, [model, heads], loss_of_pointing, pointable),
     )
     saved, state = folder.with_name(f"{folder.name}.training.pt"), None
     if saved.exists():

@@ -153,6 +153,15 @@ def name_number(index, own, shapes):
     return np.where(index < own, index, own + (index - own) % (len(COLORS) * len(shapes)))
 
 
+def class_names():
+    """Names of all receptacles, then of all objects, in the order of `name_number`."""
+    pack, names = primitive_pack(), []
+    for bodies, shapes in ((pack.plates, RECEPTACLE_SHAPES), (pack.objects, OBJECT_SHAPES)):
+        names += [body.name for body in bodies]
+        names += [f"{color} {shape}" for shape in shapes for color in COLORS]
+    return names
+
+
 def _choose(rng, own, num_random, shapes, other=None):
     """An index of the pack: of its own bodies or of the random ones; not one named as `other`."""
     while True:
@@ -175,18 +184,23 @@ def _places(rng, third):
             return xy
 
 
-def random_episode(rng):
-    """`Episodes` of one random scene of `broad_pack`."""
-    third = str(rng.choice(["none", "object", "plate"], p=[0.5, 0.3, 0.2]))
-    objects, receptacles = (
-        (25, NUM_OBJECTS, OBJECT_SHAPES),
-        (17, NUM_RECEPTACLES, RECEPTACLE_SHAPES),
-    )
+def random_bodies(rng):
+    """Which bodies a scene has: fields of `Episodes`."""
+    third = str(rng.choice(["none", "object", "plate"], p=[0.4, 0.3, 0.3]))
+    objects = 25, NUM_OBJECTS, OBJECT_SHAPES
+    receptacles = 17, NUM_RECEPTACLES, RECEPTACLE_SHAPES
     thing, plate, third_index = _choose(rng, *objects), _choose(rng, *receptacles), -1
     if third == "object":
         third_index = _choose(rng, *objects, thing)
     if third == "plate":
         third_index = _choose(rng, *receptacles, plate)
+    one = [np.array([number], np.int64) for number in (thing, plate, third_index)]
+    return dict(zip(("object", "plate", "third_index"), one, strict=True), third=third)
+
+
+def random_episode(rng, bodies):
+    """`Episodes` of one random scene of `broad_pack` with these bodies."""
+    third = bodies["third"]
     where = rng.choice(3, p=[0.4, 0.35, 0.25])
     drawn, noise = 21 + rng.integers(NUM_TABLES), 21 + NUM_TABLES + rng.integers(NUM_NOISES)
     table = (rng.integers(16), drawn, noise)
@@ -197,14 +211,13 @@ def random_episode(rng):
     half = rng.uniform(0, np.pi, 2)
     turned = np.stack([np.cos(half), 0 * half, 0 * half, np.sin(half)], axis=1).astype(np.float32)
     upright = np.array([[1, 0, 0, 0]], np.float32)
-    one = lambda value: np.array([value], np.int64)  # noqa: E731
+    texture = 21 + rng.integers(NUM_NOISES)
+    table, texture, template = np.array([[table[where]], [texture], [0]], np.int64)
     return Episodes(
-        object=one(thing), plate=one(plate), table=one(table[where]),
-        texture=one(21 + rng.integers(NUM_NOISES)), template=one(0),
+        **bodies, table=table, texture=texture, template=template,
         arm_offset=np.zeros((1, 6), np.float32),
         object_xyz=xyz[0], object_quat=turned[:1], plate_xyz=xyz[1], plate_quat=upright,
         third_xyz=xyz[2], third_quat=upright if third == "plate" else turned[1:],
-        third_index=one(third_index), third=third,
         composite=overlay, ratio=float(rng.uniform(0.1, 0.6)), move_at=None)  # fmt: skip
 
 
