@@ -17,10 +17,10 @@ validation.h5 has other random bodies, tables and noise than the rest. Of B pict
     the bodies, 2 over all; mode (B,): of MODES
 """
 
-import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import h5py
@@ -200,17 +200,14 @@ def _scene(seed, num_pictures):
     return scene(env, np.random.default_rng(seed), num_pictures)
 
 
-def write(path, args, seed, numbers):
+def write(path, args, pool, seed, numbers):
     """One file of the scenes of these numbers, whole or not at all."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(cores(), context, _start, (seed,))
     temporary, columns = path.with_suffix(".tmp"), {}
-    with pool:
-        seeds = [[seed, number] for number in numbers]
-        jobs = pool.map(_scene, seeds, [args.pictures_per_scene] * len(seeds))
-        for found in tqdm(jobs, total=len(numbers), unit="scene", desc=path.name):
-            for key, values in found.items():
-                columns.setdefault(key, []).extend(values)
+    seeds = [[seed, number] for number in numbers]
+    jobs = pool.map(_scene, seeds, [args.pictures_per_scene] * len(seeds))
+    for found in tqdm(jobs, total=len(numbers), unit="scene", desc=path.name):
+        for key, values in found.items():
+            columns.setdefault(key, []).extend(values)
     types = dict(images=np.uint8, bodies=np.uint16, places=np.float32, text=h5py.string_dtype())
     with h5py.File(temporary, "w") as file:
         for key, values in columns.items():
@@ -227,13 +224,16 @@ def main(args):
     os.environ.setdefault("LP_NUM_THREADS", "0")  # software Vulkan: no threads of its own
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    files = [("validation.h5", args.seed + 1000, range(args.val_scenes))]
+    training = {}
     for start in range(0, args.num_scenes, args.scenes_per_file):
         numbers = range(start, min(start + args.scenes_per_file, args.num_scenes))
-        files.append((f"scenes-{start:06d}.h5", args.seed, numbers))
-    for name, seed, numbers in files:
-        if not (folder / name).exists():
-            write(folder / name, args, seed, numbers)
+        training[f"scenes-{start:06d}.h5"] = numbers
+    validation, context = {"validation.h5": range(args.val_scenes)}, get_context("spawn")
+    for seed, files in ((args.seed + 1000, validation), (args.seed, training)):
+        with ProcessPoolExecutor(cores(), context, _start, (seed,)) as pool:
+            for name, numbers in files.items():
+                if not (folder / name).exists():
+                    write(folder / name, args, pool, seed, numbers)
 
 
 if __name__ == "__main__":
