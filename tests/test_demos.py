@@ -112,8 +112,7 @@ def test_mistakes_are_executed_but_not_imitated(tmp_path):
     """Stops labels with noise, which are the expert's clean answers, and blunders of no effect."""
     disturb = dict(action_noise=0.02, noise_probability=0.2, blunder_probability=0.04)
     record(tmp_path, num_demos=6, num_envs=6, max_episode_steps=60, **disturb)
-    data = load_demos(tmp_path)
-    labels = data.actions
+    labels = (data := load_demos(tmp_path)).actions
     instructions, *parts = zip(*read_episodes(tmp_path), strict=True)  # lerobot gets the same
     assert list(instructions) == data.instructions
     assert all(map(np.array_equal, map(np.concatenate, parts), (labels, data.images)))
