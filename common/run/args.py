@@ -98,8 +98,7 @@ def saved_args(args_class, path, group=None):
     return args_class(**saved)
 
 
-def flat(args):
-    """dict of all flags by name, those of the groups too."""
+def flat(args):  # dict of all flags by name, those of the groups too
     flags = {}
     for name, value in vars(args).items():
         flags.update(vars(value) if is_dataclass(value) else {name: value})
