@@ -33,8 +33,8 @@ class HiddenCritic(nn.Module):
         self.layers = nn.Sequential(first, nn.GELU(), second, nn.GELU(), last)
         for layer in (first, second, last):
             nn.init.normal_(layer.weight, std=0.02)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        nn.init.zeros_(first.bias)
+        nn.init.zeros_(second.bias)
 
     def forward(self, obs, instructions, hidden, state):
         x = {"h0": hidden[:, 0], "hn": hidden[:, -1], "concat": hidden.flatten(1)}[self.reads]

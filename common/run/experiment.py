@@ -84,8 +84,7 @@ class Experiment:
     hold beside the model's weights."""
 
     def __init__(self, args, model, envs, state):
-        self.args, self.model, self.envs, self.state = args, model, envs, state
-        self.run = args.run
+        self.args, self.run, self.model, self.envs, self.state = args, args.run, model, envs, state
         self.iteration, self.seconds, self.evaluations = 0, 0.0, []
         self.enabled = rank_and_world_size()[0] == 0
         self.run_dir, log = hold(self.run), []

@@ -1,8 +1,7 @@
 """The benchmark scene as one ManiSkill environment: a WidowX puts an object on a receptacle.
 Scene, robot, reset, success and reward follow the RL4VLA benchmark (Liu et al. 2025). Departures:
-on a CPU an episode is fixed by its id alone, because the arm is reset before the objects settle and
-only the bodies in play are in the scene (theirs: all 25). Metres, newtons, quaternions wxyz;
-B environments."""
+on a CPU an episode is fixed by its id alone: the arm is reset before the objects settle, and only
+bodies in play are in the scene (theirs: all 25). Metres, newtons, quaternions wxyz; B episodes."""
 
 from functools import partial
 
@@ -138,16 +137,16 @@ class PutOnReceptacleEnv(BaseEnv):
 
     # --- reset ---
     def _initialize_episode(self, env_idx, options):
-        if len(env_idx) != self.num_envs:
-            raise ValueError(f"{len(env_idx)} of {self.num_envs} environments: all settle at once")
+        right = len(env_idx) == self.num_envs
+        check(right, f"{len(env_idx)} of {self.num_envs} environments: all settle at once")
         gymnasium.Env.reset(self, seed=int(self._main_seed[0]))  # ManiSkill leaves this one out
         most = num_configurations(self.task, self.split, self.fidelity)
         drawn = self._batched_episode_rng.randint(min(most, 2**31 - 1))
         ids = np.asarray(options.get("episode_ids", drawn), np.int64).reshape(self.num_envs)
-        scene = self.task, self.split, ids, self.fidelity
-        self.episodes = e = options.get("episodes") or decode(*scene)
-        spawns = [("object", e.object, e.object_xyz, e.object_quat)]
-        spawns.append(("plate", e.plate, e.plate_xyz, e.plate_quat))
+        e = options.get("episodes") or decode(self.task, self.split, ids, self.fidelity)
+        self.episodes = e
+        spawns = [("object", e.object, e.object_xyz, e.object_quat),
+                  ("plate", e.plate, e.plate_xyz, e.plate_quat)]  # fmt: skip
         if e.third in ("object", "plate") and (e.third_index >= 0).any():
             spawns.append((e.third, e.third_index, e.third_xyz, e.third_quat))
         if not self.gpu_sim_enabled:
@@ -197,12 +196,15 @@ class PutOnReceptacleEnv(BaseEnv):
 
     def _load_images(self):
         """Table photos and textures (B, H, W, 3), and the weights (B,) of the textures."""
-        e, pack, look = self.episodes, self.pack, (*self.image_size, self.view)
-        photos = np.stack([pack.background(int(k), *look) for k in e.table])
-        self.backgrounds = self.textures = torch.as_tensor(photos, device=self.device)
+        e, pack = self.episodes, self.pack
+
+        def load(picture, indices):
+            pictures = [picture(int(k), *self.image_size, self.view) for k in indices]
+            return torch.as_tensor(np.stack(pictures), device=self.device)
+
+        self.backgrounds = self.textures = load(pack.background, e.table)
         if e.composite != "plain":
-            textures = np.stack([pack.texture(int(k), *look) for k in e.texture])
-            self.textures = torch.as_tensor(textures, device=self.device)
+            self.textures = load(pack.texture, e.texture)
         self.mix = torch.tensor([pack.mixes[int(k)] for k in e.texture], device=self.device)
 
     # --- state of the bodies in play ---
@@ -253,31 +255,32 @@ class PutOnReceptacleEnv(BaseEnv):
         arm = self.agent.controller.controllers["arm"]
         x, y, z, qw, qx, qy, qz = arm._target_pose.raw_pose.cpu().numpy().T
         half_turn = [-x, -y, z, -qz, -qy, qx, qw]  # the base is turned by 180 degrees about z
-        target = np.stack(half_turn, axis=1) + np.pad(BASE_POSE[0], (0, 4)).astype(np.float32)
-        state = dict(object_pose=self._pose("object"), plate_pose=self._pose("plate"))
-        state.update(tcp_pose=self._pose_of(arm.ee_link), tcp_target_pose=target)
-        state["base_pose"] = self._pose_of(self.agent.robot.links[0])
-        state["finger_qpos"] = self.agent.robot.get_qpos()[:, 6:8].cpu().numpy()
-        for which in ("object", "plate"):
-            state[f"{which}_bbox"] = self.boxes[which]
-            state[f"{which}_index"] = getattr(self.episodes, which)
-        return state
+        target = np.stack(half_turn, axis=1)
+        target[:, :3] += np.float32(BASE_POSE[0])
+        fingers = self.agent.robot.get_qpos()[:, 6:8].cpu().numpy()
+        return dict(
+            object_pose=self._pose("object"), object_bbox=self.boxes["object"],
+            object_index=self.episodes.object,
+            plate_pose=self._pose("plate"), plate_bbox=self.boxes["plate"],
+            plate_index=self.episodes.plate,
+            tcp_pose=self._pose_of(arm.ee_link), tcp_target_pose=target, finger_qpos=fingers,
+            base_pose=self._pose_of(self.agent.robot.links[0]))  # fmt: skip
 
     def state_features(self):
         """(B, STATE_SIZE) float32, what a state critic reads; progress, or no value is right."""
         s = self.privileged_state()
-        thing, plate, tcp = s["object_pose"], s["plate_pose"], s["tcp_pose"]
-        base = s["base_pose"][:, :3]
+        bodies = ("object", "plate", "tcp", "tcp_target", "base")
+        thing, plate, tcp, target, base = (s[f"{body}_pose"][:, :3] for body in bodies)
         metres = [
-            thing[:, :3] - tcp[:, :3], plate[:, :3] - thing[:, :3],
-            s["tcp_target_pose"][:, :3] - tcp[:, :3], thing[:, :3] - base, tcp[:, :3] - base,
+            thing - tcp, plate - thing, target - tcp, thing - base, tcp - base,
             s["object_bbox"].reshape(self.num_envs, 6), s["finger_qpos"]]  # fmt: skip
         # An object pushed through the table falls 300 m, and unbounded would drown a whole rollout
         decimetres = (10 * np.concatenate(metres, axis=1)).clip(-10, 10)
         flags = np.stack([self._ever["grasped"], self._ever["held"], self._success], axis=1)
         progress = self._elapsed_steps.cpu().numpy()[:, None] / self.max_episode_steps
         which = np.eye(NUM_OBJECTS)[s["object_index"]]
-        features = (decimetres, thing[:, 3:], tcp[:, 3:], flags, progress, which)
+        turns = s["object_pose"][:, 3:], s["tcp_pose"][:, 3:]
+        features = (decimetres, *turns, flags, progress, which)
         return np.concatenate(features, axis=1).astype(np.float32)
 
     # --- step ---

@@ -22,9 +22,9 @@ class WidowX(base_env.WidowX250SBridgeDatasetFlatTable):
     def _sensor_configs(self):
         (camera,) = super()._sensor_configs
         left, top, right, _ = self.view
-        camera.intrinsic = camera.intrinsic - np.array([[0, 0, left], [0, 0, top], [0, 0, 0]])
-        camera.intrinsic *= self.image_size[0] / (right - left)
-        camera.intrinsic[2, 2] = 1.0
+        camera.intrinsic = np.array(camera.intrinsic)
+        camera.intrinsic[:2, 2] -= left, top
+        camera.intrinsic[:2] *= self.image_size[0] / (right - left)
         camera.width, camera.height = self.image_size
         camera.shader_pack, camera.shader_config = self.shader_pack, None
         camera.__post_init__()
