@@ -3,11 +3,12 @@
     python benchmarks/kept.py --checkpoint runs/sft runs/ppo --output results/NAME/kept.json
 
 KL: nats per action of the policy's own actions against the start's, at temperature 1, on the first
-pictures of each row's evaluation. Pointing: errors in mm on scenes of tiny/pointing.py with bodies
-and tables that no training showed, asked as in the pre-training.
+pictures of each row's evaluation. Pointing: errors in mm on validation scenes of tiny/pointing.py,
+asked as in the pre-training; in the row of random bodies no training has shown the bodies.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +16,16 @@ import numpy as np
 import torch
 import tyro
 
-from common.model.checkpoints import load_vla
-from common.run.evaluate import episode_generators
-from common.run.files import read_json, write_atomic
-from common.run.ranks import setup_ranks
-from common.simulation.episodes import evaluation_ids
-from common.simulation.tasks import REPORT_ROWS
-from common.simulation.vec_env import make_envs
-from scripts.provenance import find_model, short_names
-from tiny.pretrain import errors, load
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common.model.checkpoints import load_vla, locate  # noqa: E402
+from common.run.evaluate import episode_generators  # noqa: E402
+from common.run.files import read_json, write_atomic  # noqa: E402
+from common.run.ranks import setup_ranks  # noqa: E402
+from common.simulation.episodes import evaluation_ids  # noqa: E402
+from common.simulation.tasks import REPORT_ROWS  # noqa: E402
+from common.simulation.vec_env import make_envs  # noqa: E402
+from scripts.provenance import find_model, short_names  # noqa: E402
+from tiny.pretrain import errors, load  # noqa: E402
 
 
 @dataclass
@@ -64,10 +66,11 @@ def main(args):
     setup_ranks("cpu")
     start, scenes = load_vla(args.start, trainable=False), load(Path(args.scenes))
     rows, found = first_pictures(args.num_episodes), {}
+    statistics = locate(args.base).norm_stats["pointing"]
     for name, checkpoint in zip(short_names(args.checkpoint), args.checkpoint, strict=True):
         model = load_vla(find_model(checkpoint), trainable=False)
         kl = {row: kl_to(start, model, *pictures) for row, pictures in rows.items()}
-        model.set_statistics("pointing", load_vla(args.base).config.norm_stats["pointing"])
+        model.set_statistics("pointing", statistics)
         columns = ("pictures", "object_mm", "object_off", "receptacle_mm", "receptacle_off")
         table = {kind: dict(zip(columns, row, strict=True)) for kind, *row in errors(model, scenes)}
         found[name] = {"kl": kl, "pointing": table}

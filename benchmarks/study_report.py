@@ -9,21 +9,23 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from benchmarks.curves import COLOURS, held_out, in_words
-from benchmarks.study import ARMS
-from common.run.evaluate import wilson
-from common.run.files import read_json, write_atomic
-from common.simulation.tasks import REPORT_ROWS
-from scripts.report import OOD, compare
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.curves import held_out, in_words  # noqa: E402
+from benchmarks.study import ARMS, MAIN  # noqa: E402
+from common.run.files import read_json, write_atomic  # noqa: E402
+from common.simulation.tasks import REPORT_ROWS  # noqa: E402
+from scripts.report import OOD, compare  # noqa: E402
 
 DIMENSIONS = ("id", *OOD)
-BOTH = SFT, RL = "sft-8000", "ppo"  # of the primary comparison
+SFT, RL = MAIN  # the primary comparison
+SEEDS = ARMS[RL][1]
 MATCHED, EQUAL = 0.05, 0.03  # success in distribution may differ by; what counts as no difference
 DRAWS = 10_000
-SIZES = {"sft-125": 125, "sft-500": 500, "sft-2000": 2000, "sft-8000": 8000}
+SIZES = {f"sft-{size}": size for size in (125, 500, 2000, 8000, 16000)}
 
 
 # --- read ---
@@ -34,15 +36,17 @@ def read_arms(root):
         arm, _, seed = path.parent.name.rpartition("-")
         policies = read_json(path)["policies"]
         checkpoints = {int(name[-6:]): entry["rows"] for name, entry in policies.items()}
-        log = path.with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        logged = [json.loads(line) for line in log]
-        seconds = sum(row.get("time/rollout_s", 0) + row.get("time/update_s", 0) for row in logged)
-        kept = path.with_name("kept.json")
-        arms[arm][int(seed)] = {
-            "checkpoints": dict(sorted(checkpoints.items())), "minutes": seconds / 60,
-            "steps": logged[-1]["step"], "log": path.with_name("metrics.jsonl"),
-            "kept": next(iter(read_json(kept).values())) if kept.exists() else None,
-        }  # fmt: skip
+        run = {"checkpoints": dict(sorted(checkpoints.items())), "minutes": 0.0}
+        log = path.with_name("metrics.jsonl")
+        if log.exists():  # not of the start
+            logged = [json.loads(row) for row in log.read_text(encoding="utf-8").splitlines()]
+            times = ("time/rollout_s", "time/update_s")
+            run["minutes"] = sum(row.get(time, 0) for row in logged for time in times) / 60
+            run["log"] = log
+        for name in ("kept", "levels"):
+            file = path.with_name(f"{name}.json")
+            run[name] = next(iter(read_json(file).values())) if file.exists() else None
+        arms[arm][int(seed)] = run
     return {arm: runs for arm, runs in arms.items() if runs}
 
 
@@ -62,15 +66,20 @@ def means(rows):
 # --- the primary comparison ---
 def matched(a, b):
     """Numbers of the checkpoints of two runs that are compared: of those pairs that differ by at
-    most MATCHED in distribution, the one whose lesser success is highest; None: there is none."""
+    most MATCHED in distribution, the one whose lesser success is highest; then the closest pair,
+    then the later checkpoints. None: there is none."""
     ids = [{k: means(rows)["id"] for k, rows in run["checkpoints"].items()} for run in (a, b)]
-    fits = [(x, y) for x, y in product(*ids) if abs(ids[0][x] - ids[1][y]) <= MATCHED]
-    return max(fits, key=lambda pair: min(ids[0][pair[0]], ids[1][pair[1]]), default=None)
+    fits = []
+    for x, y in product(*ids):
+        gap = abs(ids[0][x] - ids[1][y])
+        if gap <= MATCHED:
+            fits.append((min(ids[0][x], ids[1][y]), -gap, x, y))
+    return max(fits)[2:] if fits else None
 
 
 def differences(pairs):
     """Mean difference b - a per dimension and "ood" over pairs of rows, with the 95 % interval of
-    a bootstrap over seeds and, within each row, over its paired episodes."""
+    a bootstrap over seeds and, within each row, over its episodes, which all seeds share."""
     rng, names = np.random.default_rng(0), (*DIMENSIONS, "ood")
     change = []  # per pair: dict dimension -> (rows, episodes)
     for a, b in pairs:
@@ -79,14 +88,12 @@ def differences(pairs):
         change.append([np.array(part) for part in rows])
 
     def draw():
-        found = []
-        for seed in rng.integers(len(change), size=len(change)):
-            parts = [
-                part[np.arange(len(part))[:, None], rng.integers(part.shape[1], size=part.shape)]
-                for part in change[seed]
-            ]
-            found.append([part.mean() for part in parts])
-        return np.mean(found, axis=0)
+        seeds, found = rng.integers(len(change), size=len(change)), []
+        for k in range(len(DIMENSIONS)):
+            parts = np.array([change[seed][k] for seed in seeds])  # (seeds, rows, episodes)
+            chosen = rng.integers(parts.shape[2], size=parts.shape[1:])
+            found.append(np.take_along_axis(parts, chosen[None], axis=2).mean())
+        return found
 
     draws = np.array([draw() for _ in range(DRAWS)])
     draws = np.column_stack([draws, draws[:, 1:].mean(axis=1)])
@@ -100,9 +107,12 @@ def differences(pairs):
 
 
 def verdict(ood, signs):
+    if len(signs) < SEEDS:
+        return "not decided yet"
     if ood["low"] > 0 and set(signs) == {1.0}:
         return "RL generalises better, here"
-    return "refuted here: SFT is equal or better" if ood["high"] < EQUAL else "not decided"
+    refuted = ood["low"] <= 0 and ood["high"] < EQUAL
+    return "refuted here: SFT is equal or better" if refuted else "not decided"
 
 
 def primary(arms):
@@ -111,7 +121,7 @@ def primary(arms):
     for when in ("matched", "end"):
         pairs, tests, chosen = [], {}, {}
         for seed in sorted(arms[RL].keys() & arms[SFT].keys()):
-            a, b = (arms[arm][seed] for arm in BOTH)
+            a, b = (arms[arm][seed] for arm in MAIN)
             numbers = (
                 matched(a, b) if when == "matched" else [max(r["checkpoints"]) for r in (a, b)]
             )
@@ -124,9 +134,24 @@ def primary(arms):
                 tests[seed] = {k: float(ood[k]) for k in ("b - a", "only a", "only b", "p")}
         if pairs:
             found[when] = differences(pairs)
-            signs = np.sign([test["b - a"] for test in tests.values()]).tolist()
             found[when].update(checkpoints=chosen, mcnemar=tests)
-            found[when]["verdict"] = verdict(found[when]["ood"], signs)
+            signs = [np.sign(means(b)["ood"] - means(a)["ood"]) for a, b in pairs]
+            if when == "matched":
+                found[when]["verdict"] = verdict(found[when]["ood"], signs)
+    return found
+
+
+def explanations(summary):
+    """What the page says of the two explanations, as the protocol defines them."""
+    arms, found = summary["arms"], {}
+    ahead = summary["primary"].get("end", {}).get("execution", {}).get("low", 0) > 0
+    if "sft-recovery" in arms and RL in arms:
+        gap = arms[RL]["execution"] - arms["sft-recovery"]["execution"]
+        found["execution only by coverage"] = bool(ahead and gap <= EQUAL)
+    if all("kl" in arms.get(arm, {}) for arm in ("start", *MAIN)):
+        rl, sft = arms[RL], arms[SFT]
+        less = rl["pointing_mm"] < sft["pointing_mm"] and rl["kl"] < sft["kl"]
+        found["semantics by kept knowledge"] = bool(less)
     return found
 
 
@@ -141,16 +166,24 @@ def summarize(arms):
         each = [means(rows) for rows in ends]
         mean = {name: float(np.mean([m[name] for m in each])) for name in each[0]}
         summary[arm] = {"seeds": [*runs], "rows": rows, **mean, "per_seed": each}
-        for key in ("minutes", "steps"):
-            summary[arm][key] = float(np.mean([run[key] for run in runs.values()]))
+        minutes = [run["minutes"] for run in runs.values()]
+        summary[arm]["training_minutes"] = float(np.mean(minutes))
+        once = [[np.mean(row["success_once"]) for row in end.values()] for end in ends]
+        summary[arm]["once"] = dict(zip(ends[0], np.mean(once, axis=0).tolist(), strict=True))
+        levels = [run["levels"] for run in runs.values() if run["levels"]]
+        if levels:
+            shares = [[np.mean(row["success"]) for row in level.values()] for level in levels]
+            means_of = np.mean(shares, axis=0).tolist()
+            summary[arm]["levels"] = dict(zip(levels[0], means_of, strict=True))
         kept = [run["kept"] for run in runs.values() if run["kept"]]
         if kept:
-            new = "far, random bodies"
+            new = "anywhere, random bodies"
             summary[arm]["kl"] = float(np.mean([[*k["kl"].values()] for k in kept]))
             summary[arm]["pointing_mm"] = float(
                 np.mean([k["pointing"][new]["object_mm"] for k in kept])
             )
-    return {"arms": summary, "primary": primary(arms) if all(a in arms for a in BOTH) else {}}
+    summary = {"arms": summary, "primary": primary(arms) if all(a in arms for a in MAIN) else {}}
+    return summary | {"explanations": explanations(summary)}
 
 
 def tables(summary):
@@ -162,22 +195,26 @@ def tables(summary):
             line[arm] = f"{entry['rows'][name]['k'] / entry['rows'][name]['n']:.2f}"
         lines.append(line)
     parts = ["# Success at the end, all seeds together", tabulate(lines, "keys", "github")]
-    columns = (*DIMENSIONS, "ood", "kl", "pointing_mm", "minutes", "steps")
+    columns = (*DIMENSIONS, "ood", "kl", "pointing_mm", "training_minutes")
     lines = [{"arm": arm, "seeds": len(e["seeds"]), **{c: e.get(c) for c in columns}}
              for arm, e in arms.items()]  # fmt: skip
     parts += ["# Arms", tabulate(lines, "keys", "github", floatfmt=".3g")]
+    lines = [{"arm": arm, **e["levels"]} for arm, e in arms.items() if "levels" in e]
+    parts += ["# Graded levels", tabulate(lines, "keys", "github", floatfmt=".2f")]
     for when, found in summary["primary"].items():
         lines = [{"": name, **found[name]} for name in (*DIMENSIONS, "ood")]
-        parts += [f"# {RL} - {SFT}, {when}: {found['verdict']}"]
+        parts += [f"# {RL} - {SFT}, {when}: {found.get('verdict', 'not the primary one')}"]
         parts += [tabulate(lines, "keys", "github", floatfmt="+.3f")]
+    parts += [f"- {name}: {'yes' if right else 'no'}" for name, right in
+              summary["explanations"].items()]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
 def figure(arms, summary):
     fig = Figure((12, 8), layout="constrained")
     curve, bars, steps, scale = fig.subplots(2, 2).flat
-    colours = dict(zip(arms, 2 * COLOURS, strict=False))
-    for arm in BOTH:
+    colours = dict(zip(ARMS, colormaps["tab20"].colors, strict=False))
+    for arm in MAIN:
         for run in arms.get(arm, {}).values():
             at = [means(rows) for rows in run["checkpoints"].values()]
             x, y = ([m[name] for m in at] for name in ("id", "ood"))
@@ -187,16 +224,14 @@ def figure(arms, summary):
     curve.set(xlabel="success in distribution", ylabel="mean of the three shifted dimensions")
     width = 0.8 / len(arms)
     for k, (arm, entry) in enumerate(summary["arms"].items()):
-        counts = {name: np.zeros(2) for name in DIMENSIONS}
-        for name, dimension, *_ in REPORT_ROWS:
-            counts[dimension] += [entry["rows"][name]["k"], entry["rows"][name]["n"]]
-        share = np.array([k / n for k, n in counts.values()])
-        error = np.abs(np.transpose([wilson(*count) for count in counts.values()]) - share)
         at = np.arange(len(DIMENSIONS)) + (k + 0.5) * width - 0.4
-        look = dict(ecolor="0.3", color=colours[arm], label=arm)
-        bars.bar(at, share, width * 0.9, yerr=error, **look)
+        share = [entry[name] for name in DIMENSIONS]
+        bars.bar(at, share, width * 0.9, color=colours[arm], label=arm)
+        for seed in entry["per_seed"]:
+            bars.plot(at, [seed[name] for name in DIMENSIONS], "k.", markersize=3)
     bars.set_xticks(range(len(DIMENSIONS)), DIMENSIONS)
-    for arm in [arm for arm in arms if not arm.startswith("sft")]:
+    bars.set_ylabel("success at the end; a dot per seed")
+    for arm in [arm for arm in arms if arm != "start" and not arm.startswith("sft")]:
         for run in arms[arm].values():
             (line,) = steps.plot(*held_out(run["log"]), color=colours[arm])
         line.set_label(arm)

@@ -43,10 +43,9 @@ def main(folder=Path(__file__).parent):
     config = {
         "model_type": "openvla",
         "vision_backbone_id": "conv-stem",
-        "camera_size": [80, 60],  # pixels; other image sizes are resized to this
-        "stem": [[64, 4, 4], [128, 3, 2], [128, 3, 2]],  # convolutions: channels, kernel, stride
+        "camera_size": [80, 60],  # pixels; pictures of another size are refused
+        "stem": [[64, 4, 4], [128, 3, 2], [128, 3, 2]],  # to 5 x 4 tokens: channels, kernel, stride
         "stem_blocks": [4, 256, 3],  # on the image tokens: heads, MLP width, number of blocks
-        "image_tokens": 20,  # 5 x 4
         "n_action_bins": 256,
         "pad_to_multiple_of": 64,
         "text_config": {

@@ -28,6 +28,7 @@ import tyro
 from tabulate import tabulate
 
 from common.model.checkpoints import load_vla, save_vla
+from common.run.files import check
 from common.run.ranks import setup_ranks, sum_gradients, sum_over_ranks
 from demonstrations.reader import action_statistics
 from tiny.pointing import FINGERS, MODES, OBJECTS, RECEPTACLES, answer
@@ -39,6 +40,8 @@ SHARPNESS = 16  # of the cosine between an image token and a name
 EYES_WEIGHT = 0.1  # of the eyes' loss in the second stage
 QUESTION = "where: "  # before half of the instructions: may outlive a fine-tuning on actions
 KINDS = 5  # of pixels: all else, arm, fingers, receptacles, objects
+# What a continued run must not change
+FIXED = "model eyes_updates pointing_updates batch_size learning_rate label_std seed".split()
 
 
 @dataclass
@@ -141,10 +144,10 @@ def spread_cross_entropy(logprobs, bins, std):
 
 
 @torch.no_grad()
-def errors(model, data, most=None):
+def errors(model, data):
     """Rows (kind of scene, pictures, median error of the object in mm, share of more than 30 mm,
-    the same of the receptacle) of greedy answers in a file's data, of the first `most` pictures."""
-    rows = torch.nonzero(all_in_view(data["shown"])).flatten()[:most]
+    the same of the receptacle) of greedy answers in a file's data."""
+    rows = torch.nonzero(all_in_view(data["shown"])).flatten()
     tokens = []
     for part in rows.split(256):
         texts = [QUESTION + text for text in data["text"][part.numpy()]]
@@ -156,12 +159,12 @@ def errors(model, data, most=None):
     )
     alone = third == 0
     kinds = {f"one of each, gripper {MODES[k]}": alone & (mode == k) for k in range(len(MODES))}
-    far = mode == 0
-    kinds["far, no overlay"] = far & alone & (overlay == 0)
-    kinds["far, overlay"] = far & alone & (overlay > 0)
-    kinds["far, random bodies"] = far & alone & (number >= 25) & (receptacle >= 17)
-    kinds["far, two objects"] = far & (third == 1)
-    kinds["far, two receptacles"] = far & (third == 2)
+    far = mode == 0  # the gripper is anywhere
+    kinds["anywhere, no overlay"] = far & alone & (overlay == 0)
+    kinds["anywhere, overlay"] = far & alone & (overlay > 0)
+    kinds["anywhere, random bodies"] = far & alone & (number >= 25) & (receptacle >= 17)
+    kinds["anywhere, two objects"] = far & (third == 1)
+    kinds["anywhere, two receptacles"] = far & (third == 2)
     table = []
     for name, chosen in kinds.items():
         row = [name, int(chosen.sum())]
@@ -186,7 +189,7 @@ def main(args):
         for key, value in load(path).items():
             data.setdefault(key, []).append(value)
     texts = np.concatenate(data.pop("text"))
-    data = {key: torch.cat(parts) for key, parts in data.items()}
+    data = {key: torch.cat(data.pop(key)) for key in list(data)}  # one by one: 8 GB in place of 13
     val = load(Path(args.scenes, "validation.h5"))
     answers = answer(data["places"].numpy())
     statistics = {"action": action_statistics(answers), "assets": "primitive"}
@@ -224,8 +227,11 @@ def main(args):
         ("pointing", args.pointing_updates, [model, heads], loss_of_pointing, pointable),
     )
     saved, state = folder.with_name(f"{folder.name}.training.pt"), None
+    fixed = {name: getattr(args, name) for name in FIXED}
     if saved.exists():
         state = torch.load(saved, map_location=device, weights_only=True)
+        same = state["fixed"] == fixed
+        check(same, f"{saved} has {state['fixed']}, not {fixed}; remove it, or use its flags")
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"])
     start = time.time()
@@ -259,18 +265,20 @@ def main(args):
                 if name == "pointing" and (done or (number + 1) % (4 * args.report_every) == 0):
                     headers = "scenes", "pictures", "object mm", "> 30", "receptacle mm", "> 30"
                     print(tabulate(errors(model, val), headers), flush=True)
-                save_training(saved, model, heads, optimizer, name, number + 1)
+                save_training(saved, model, heads, optimizer, name, number + 1, fixed)
         start = time.time()
     if rank == 0:
         save_vla(model, folder)
         saved.unlink()
 
 
-def save_training(path, model, heads, optimizer, stage, updates):
+def save_training(path, model, heads, optimizer, stage, updates, fixed):
     """What a run needs to go on, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = dict(model=model.state_dict(), heads=heads.state_dict(), stage=stage, updates=updates)
-    torch.save(dict(state, optimizer=optimizer.state_dict()), path.with_suffix(".tmp"))
+    parts = dict(model=model, heads=heads, optimizer=optimizer)
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state.update(stage=stage, updates=updates, fixed=fixed)
+    torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 

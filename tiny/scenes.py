@@ -4,7 +4,7 @@ Beside the benchmark's 25 objects and 17 receptacles stand random ones, a "red b
 dish". They lie anywhere on the table with any yaw, often two of a kind, on the 16 training tables
 and on others, under coloured noise that is no texture of the benchmark, and are asked for in many
 ways. Places are drawn freely, so no scene of the benchmark is among these; "unseen" in its rows
-then means what it means in the study: unseen in fine-tuning.
+then means what it means in the paper: unseen in fine-tuning.
 """
 
 import json
@@ -19,7 +19,7 @@ from common.simulation.tasks import POSITION_SETS, RING, Episodes
 from scripts.draw_tables import draw_table, small
 
 # Random ones, beside the benchmark's
-NUM_OBJECTS, NUM_RECEPTACLES, NUM_TABLES, NUM_NOISES = 4000, 2000, 150, 10_000
+RANDOM_OBJECTS, RANDOM_RECEPTACLES, NUM_TABLES, NUM_NOISES = 4000, 2000, 150, 10_000
 COLORS = {
     "red": "red", "green": "green", "blue": "blue", "yellow": "yellow", "orange": "orange",
     "purple": "purple", "pink": "pink", "brown": "brown", "black": "black", "white": "white",
@@ -122,9 +122,9 @@ def broad_pack(seed=0):
     rows = json.loads((FOLDER / "primitive_pack.json").read_text())
     num_tables = len(rows["tables"])
     rng = np.random.default_rng([seed, 1])
-    for number in range(NUM_OBJECTS):
+    for number in range(RANDOM_OBJECTS):
         rows["objects"].append(body_row(rng, OBJECT_SHAPES, number, rows["colors"]))
-    for number in range(NUM_RECEPTACLES):
+    for number in range(RANDOM_RECEPTACLES):
         rows["plates"].append(body_row(rng, RECEPTACLE_SHAPES, number, rows["colors"]))
     pack = primitive_pack(json.dumps(rows))
 
@@ -172,7 +172,7 @@ def _choose(rng, own, num_random, shapes, other=None):
 
 
 def _places(rng, third):
-    """(3, 2) metres: object, receptacle, third body, as far apart as in the benchmark."""
+    """(3, 2) metres: object, receptacle, third body; 3/4 of the benchmark's distances at least."""
     corners = (np.array([RING[0], RING[-1]]) * 2 - 1) * 0.075 + (-0.16, 0.0)
     low, high = corners.min(0) - EDGE_M, corners.max(0) + EDGE_M
     name = {"object": "TC", "plate": "TP"}.get(third, "P")
@@ -187,8 +187,8 @@ def _places(rng, third):
 def random_bodies(rng):
     """Which bodies a scene has: fields of `Episodes`."""
     third = str(rng.choice(["none", "object", "plate"], p=[0.4, 0.3, 0.3]))
-    objects = 25, NUM_OBJECTS, OBJECT_SHAPES
-    receptacles = 17, NUM_RECEPTACLES, RECEPTACLE_SHAPES
+    objects = 25, RANDOM_OBJECTS, OBJECT_SHAPES
+    receptacles = 17, RANDOM_RECEPTACLES, RECEPTACLE_SHAPES
     thing, plate, third_index = _choose(rng, *objects), _choose(rng, *receptacles), -1
     if third == "object":
         third_index = _choose(rng, *objects, thing)
@@ -222,7 +222,7 @@ def random_episode(rng, bodies):
 
 
 def random_text(rng, object_name, receptacle_name):
-    """An instruction: half of the time the training one, else another, or one amid fillers."""
+    """An instruction: four in ten times the training one, else another, or one amid fillers."""
     if rng.random() < 0.4:
         return f"put {object_name} on {receptacle_name}"
     text = str(rng.choice(PARAPHRASES)).format(o=object_name, r=receptacle_name)

@@ -35,7 +35,7 @@ class Run:
 @dataclass
 class Scene:
     task: str = "main"  # a row of common/simulation/tasks.py
-    scene: Literal["small", "published"] = "small"  # embedded bodies, or the study's own assets
+    scene: Literal["small", "published"] = "small"  # embedded bodies, or the paper's own assets
     sim_device: Literal["cpu", "cuda"] = "cpu"  # worker processes, or one batched GPU simulation
 
 

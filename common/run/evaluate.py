@@ -11,7 +11,7 @@ from common.run.ranks import rank_and_world_size
 from common.simulation.episodes import evaluation_ids
 from scripts.pictures import write_video
 
-TEMPERATURE = 0.6  # of evaluations, the study's; never compare results across temperatures
+TEMPERATURE = 0.6  # of evaluations, the paper's; never compare results across temperatures
 OWN_SEED = 2**32  # of a run's own evaluations, beyond what --seed accepts
 
 

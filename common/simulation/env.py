@@ -19,7 +19,7 @@ from common.simulation.robot import INITIAL_QPOS, WidowX, quat_to_matrix
 from common.simulation.tasks import OBJECTS, composite, decode, instruction, num_configurations
 
 ENV_ID = "CleanVLA-PutOnReceptacle-v1"
-SCENES = {  # the embedded one, the study's; view: left, top, right, bottom in its 640x480 pixels
+SCENES = {  # the embedded one, the paper's; view: left, top, right, bottom in its 640x480 pixels
     "small": dict(
         assets="primitive", image_size=(80, 60), view=(56, 80, 536, 440), sim_freq=100,
         solver_iterations=4, max_episode_steps=40, fidelity="fixed", shader_pack="minimal"),

@@ -2,7 +2,7 @@
 Liu et al., "What Can RL Bring to VLA Generalization?", arXiv 2505.19789. To add a task, add a row
 to `TASKS`. An episode id is a mixed-radix number whose digits choose object, extra, plate, table,
 position and yaw, so an id alone fixes an episode. Quaternions are wxyz, lengths metres.
-fidelity="published" has the study's quirks, which "fixed" mends: docs/benchmark.md."""
+fidelity="published" has the paper's quirks, which "fixed" mends: docs/benchmark.md."""
 
 import math
 from dataclasses import dataclass, replace
@@ -70,7 +70,7 @@ PUBLISHED = {  # columns that differ with fidelity="published"
     "instruct": dict(extras=(range(1), range(1, 17))),
 }
 
-# The study's table 1: row, dimension, task, split, success at the end of 192 episodes of SFT on
+# The paper's table 1: row, dimension, task, split, success at the end of 192 episodes of SFT on
 # 16k demonstrations, and of PPO
 REPORT_ROWS = (
     ("in_distribution", "id", "carrot", "train", 0.781, 0.938),
