@@ -11,7 +11,7 @@ help:
 	@echo "make doctor     says what this machine can do, with a fix for what is missing"
 	@echo "make docs       builds the site into site/ and fails at a dead link"
 	@echo "make warmup     makes checkpoints/tiny-warmup again, in about 12 minutes"
-	@echo "make pretrained makes checkpoints/tiny-pretrained again, on a GPU in about 15 minutes"
+	@echo "make pretrained makes checkpoints/tiny-pretrained again, in about two hours"
 	@echo "make setup | lint | format | lock | clean"
 
 setup:
@@ -30,7 +30,7 @@ FAST_BFLOAT16 = nvidia-smi -L || grep -E 'amx_bf16|avx512_bf16' /proc/cpuinfo
 DTYPE ?= $(shell ($(FAST_BFLOAT16)) >/dev/null 2>&1 && echo bfloat16 || echo float32)
 
 # The same command goes on after an interruption: a scene file or 500 updates are the most that is
-# lost. 20 minutes for the scenes and 75 for the training on ONE core of an AMD EPYC
+# lost. On two cores of an AMD EPYC 50 minutes for the scenes and 80 for the training (bfloat16)
 pretrained: runs/tiny-pretrained/config.json
 	$(SHIP) runs/tiny-pretrained checkpoints/tiny-pretrained
 

@@ -35,7 +35,9 @@ def read_arms(root):
     for path in sorted(root.glob("*-*/results.json")):
         arm, _, seed = path.parent.name.rpartition("-")
         policies = read_json(path)["policies"]
-        checkpoints = {int(name[-6:]): entry["rows"] for name, entry in policies.items()}
+        numbers = [int(name[-6:]) if name[-6:].isdigit() else 0 for name in policies]
+        rows = [entry["rows"] for entry in policies.values()]
+        checkpoints = dict(zip(numbers, rows, strict=True))
         run = {"checkpoints": dict(sorted(checkpoints.items())), "minutes": 0.0}
         log = path.with_name("metrics.jsonl")
         if log.exists():  # not of the start

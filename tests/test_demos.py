@@ -14,6 +14,7 @@ from mani_skill.trajectory import replay_trajectory
 from recorded_demos import record, recorded_demos
 from test_checkpoints import refused
 
+from common.model.checkpoints import load_vla
 from common.run.evaluate import run_episodes
 from common.simulation.episodes import evaluation_ids, held_out
 from demonstrations.expert import STEP_M, STEP_RAD, Expert, grasp, quantise
@@ -95,6 +96,17 @@ def test_what_is_recorded_is_read(tmp_path):
         if assets == "bridge":
             assert read_header(path.parent)["settings"]["scene"] == "published"
     refused("160, 120", read_header, path.parent)
+
+
+def test_a_policy_s_successes_are_recorded(tmp_path):
+    """Stops failures among them, and the expert's actions in place of the policy's."""
+    start = "checkpoints/tiny-warmup"
+    record(tmp_path, checkpoint=start, num_demos=2, num_envs=16, max_episode_steps=40)
+    model, actions = load_vla(start, trainable=False), load_demos(tmp_path).actions
+    decoded = model.decode_actions(model.encode_actions(actions))
+    assert np.allclose(decoded, actions, atol=1e-6) and np.ptp(actions[:, 6]) > 0.5
+    with h5py.File(tmp_path / "trajectory.h5") as file:
+        assert all(group["success"][-5:].all() for group in file.values())
 
 
 def test_maniskill_replays_the_file(tmp_path):
