@@ -330,10 +330,3 @@ def test_a_separate_critic_has_its_own_trained_weights(rank):
     obs = model.preprocess(images(3))  # image tokens of the eyes that both have
     hidden = model.prompt_hidden(obs, INSTRUCTIONS)
     assert torch.equal(critic(obs, INSTRUCTIONS, None, None), critic.head(None, None, hidden, None))
-
-
-def test_new_weights_leave_the_random_state_alone():
-    """Stops a LoRA or a critic from changing the draws that follow."""
-    before = torch.get_rng_state()
-    make_critic("h0", load_vla("checkpoints/tiny-warmup", lora_rank=2), seed=1)
-    assert torch.equal(torch.get_rng_state(), before)

@@ -56,7 +56,6 @@ def test_the_arm_s_turn_turns_its_own_axis_and_nothing_else():
     assert np.allclose(answer(after)[:2], [-0.1 * c, 0.1 * s], atol=1e-6)
 
 
-# --- the losses ---
 def test_place_loss_counts_where_a_thing_is_shown():
     """Stops a place that is asked of tokens that do not show it, and another thing's numbers."""
     shown, right = torch.zeros(2, 4, 3, dtype=torch.bool), torch.zeros(2, 12)
@@ -69,6 +68,14 @@ def test_place_loss_counts_where_a_thing_is_shown():
         assert pretrain.place_loss(guess, right, one) == 0
         loss = pretrain.place_loss(wrong, right, one).item()
         assert loss == pytest.approx(5.0 * len(numbers) / 24)
+
+
+def test_names_end_where_they_are_said():
+    """Stops a place that is asked of another word, or of the first of two words."""
+    texts, read = ("move red bar to teal dish", "red bar", "teal dish"), load_vla("tiny").tokenizer
+    ids, *pair = (read.encode(text, add_special_tokens=False).ids for text in texts)
+    ends = pretrain.named_tokens(torch.tensor([ids]), 20, [pair])
+    assert ends.nonzero().tolist() == [[0, 22, 0], [0, 25, 1]]
 
 
 def test_spread_labels():

@@ -9,7 +9,9 @@ and how they lie, which of two is meant. No action is in it. Pointing alone is s
 way from pixels to a place works, nothing is learned. The eyes' stage teaches the first part, at
 every image token: which kind of thing each of its pixels shows, and where it is; which object and
 which receptacle, by the language model's own words for it, as CLIP does; from the mean of all
-tokens: where all of them are. Its heads are not kept.
+tokens: where all of them are. In the second stage this lesson goes on, and the language model
+learns to look up what is named: below its last layer a name already tells where its body is. The
+heads are not kept.
 
 The same command continues a run that was interrupted.
 """
@@ -50,7 +52,7 @@ class Args:
     output: str = "runs/tiny-pretrained"  # a model directory, a start for sft_vla.py
     model: str = "tiny"  # a directory, or tiny (random weights)
     eyes_updates: int = 40_000  # optimizer steps of the eyes alone
-    pointing_updates: int = 24_000  # of the whole model
+    pointing_updates: int = 40_000  # of the whole model
     batch_size: int = 64  # over all ranks
     learning_rate: float = 2e-3  # AdamW; each stage ends with half a cosine
     label_std: float = 3.0  # bins; a label is a normal distribution, wider in the first half
@@ -99,11 +101,11 @@ def place_loss(guess, places, shown):
     return ((losses * told).sum(1) / told.sum(1).clamp(min=1)).mean()
 
 
-def eyes_heads(stem, pixels):
-    """Linear heads: kinds of a token's pixels; places of what it shows; of what the picture
-    shows."""
-    sizes = pixels * KINDS, 12, 12
-    return torch.nn.ModuleList(torch.nn.Linear(stem.width, size) for size in sizes)
+def eyes_heads(stem, pixels, hidden_size):
+    """Linear heads: kinds of an image token's pixels; places of what it shows; of what the picture
+    shows; and of what a text token names."""
+    sizes = (stem.width, pixels * KINDS), (stem.width, 12), (stem.width, 12), (hidden_size, 12)
+    return torch.nn.ModuleList(torch.nn.Linear(*size) for size in sizes)
 
 
 def count_words(model):
@@ -119,7 +121,7 @@ def eyes_loss(features, named, heads, bodies, shown, places, third):
     """() sum of the cross-entropies of kinds, receptacles and objects, nats, and, PLACE_WEIGHT
     times, of `place_loss` at every token and of the mean of all tokens. named: (B, tokens, C)
     logits of `class_names`; places: scaled to a standard deviation of 1."""
-    segment, point, overview = heads
+    segment, point, overview, _ = heads
     bodies = bodies.long()
     firsts = torch.tensor([1, FINGERS, RECEPTACLES, OBJECTS], device=bodies.device)
     kinds = torch.bucketize(bodies, firsts, right=True)
@@ -135,6 +137,18 @@ def eyes_loss(features, named, heads, bodies, shown, places, third):
     told = place_loss(point(features).float(), places, shown)
     told = told + place_loss(overview(features.mean(1, True)).float(), places, in_picture)
     return loss + PLACE_WEIGHT * told
+
+
+def named_tokens(ids, num_patches, names):
+    """(N, num_patches + T, 3) bool: where in [BOS | patches | text] the name of the object, and of
+    the receptacle, ends. ids: (N, T); names: N pairs of lists of token ids."""
+    ends = torch.zeros(len(ids), num_patches + ids.shape[1], 3, dtype=torch.bool)
+    for row, (text, pair) in enumerate(zip(ids.tolist(), names, strict=True)):
+        for thing, name in enumerate(pair):
+            for end in range(len(name), len(text) + 1):
+                if text[end - len(name) : end] == name:
+                    ends[row, num_patches + end - 1, thing] = True
+    return ends
 
 
 def spread_cross_entropy(logprobs, bins, std):
@@ -200,8 +214,12 @@ def main(args):
     names = ("images", "bodies", "shown", "third")
     images, bodies, shown, third = (data[name].to(device) for name in names)
     scaled = scaled.to(device)
-    heads = eyes_heads(stem, bodies.shape[2]).to(device)
-    words, embedding = count_words(model), model.language_model.model.embed_tokens
+    llama, below = model.language_model.model, {}
+    heads = eyes_heads(stem, bodies.shape[2], llama.config.hidden_size).to(device)
+    words, embedding = count_words(model), llama.embed_tokens
+    encode = model.tokenizer.encode
+    spelled = [encode(name, add_special_tokens=False).ids for name in class_names()]
+    llama.layers[-2].register_forward_hook(lambda _, given, out: below.update(hidden=out))
 
     def look(rows):
         with model.autocast():
@@ -216,6 +234,12 @@ def main(args):
         seen, loss = look(rows)  # the eyes' own lesson goes on
         asked = [QUESTION * ((row + number) % 2) + texts[row] for row in rows.tolist()]
         logprobs, _ = model.bin_logprobs(seen, asked, tokens[rows])
+        meant = data["object"][rows] + OBJECTS - RECEPTACLES, data["receptacle"][rows]
+        names = [[spelled[number] for number in pair] for pair in zip(*meant, strict=True)]
+        ends = named_tokens(model.tokenize(asked)[0], seen.shape[1], names).to(device)
+        with model.autocast():
+            told = heads[3](below["hidden"][:, : ends.shape[1]]).float()
+        loss = loss + PLACE_WEIGHT * place_loss(told, scaled[rows], ends)
         # Roughly right is learned sooner
         std = args.label_std * max(1, 8 * (1 - 2 * number / args.pointing_updates))
         pointing = spread_cross_entropy(logprobs, tokens[rows] - model.bins.start, std).mean()
