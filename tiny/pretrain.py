@@ -181,7 +181,7 @@ def main(args):
         ("eyes", args.eyes_updates, (stem, *heads), loss_of_eyes, torch.arange(len(images))),
         ("pointing", args.pointing_updates, (model,), loss_of_pointing, pointable),
     )
-    start = time.time()
+    start = time.monotonic()
     for name, num_updates, modules, loss_of, among in stages:
         parameters = [p for module in modules for p in module.parameters()]
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
@@ -201,7 +201,7 @@ def main(args):
             losses.append(sum_over_ranks(loss.detach()).item())
             if rank == 0 and (number + 1) % args.report_every == 0:
                 mean = np.mean(losses[-args.report_every :])
-                seconds = time.time() - start
+                seconds = time.monotonic() - start
                 print(f"{name} {number + 1}/{num_updates} | {seconds:.0f} s | loss {mean:.3f}")
                 for path, part in val.items() if name == "pointing" else ():
                     print(f"  {path}: {errors(model, *part)}", flush=True)

@@ -17,8 +17,7 @@ class Means:
         self.counts[name] = self.counts.get(name, 0) + values.numel()
 
     def means(self, prefix=""):  # dict prefix + name -> mean
-        means = {}
-        parts = gather_over_ranks((self.sums, self.counts))
+        means, parts = {}, gather_over_ranks((self.sums, self.counts))
         for name in dict.fromkeys(name for sums, _ in parts for name in sums):
             total = sum(sums.get(name, 0.0) for sums, _ in parts)
             count = sum(counts.get(name, 0) for _, counts in parts)
