@@ -237,7 +237,7 @@ def main(args):
 
     for iteration in range(experiment.iteration + 1, args.num_iterations + 1):
         # --- rollout ---
-        start = time.time()
+        start = time.monotonic()
         frac = 1.0 - (iteration - 1) / args.num_iterations if args.anneal_lr else 1.0
         policy_optimizer.param_groups[0]["lr"] = frac * args.learning_rate
         record = args.num_trajectories if rank == 0 and experiment.due(iteration) else 0
@@ -265,7 +265,7 @@ def main(args):
             path = experiment.run_dir / f"videos/{iteration:06d}-pair.mp4"
             both = np.concatenate(sides, axis=2)
             write_video(path, both, batch.instructions[0])
-        rollout_s = time.time() - start
+        rollout_s = time.monotonic() - start
 
         # --- update ---
         # Every rank draws the same minibatches; the states' streams have smaller numbers
@@ -279,7 +279,7 @@ def main(args):
             metrics["losses/first_margin"] = margin
         if batch.differ.any():
             metrics |= update_policy(model, policy_optimizer, batch, ref_logprobs, args, rng)
-        update_s = time.time() - start - rollout_s
+        update_s = time.monotonic() - start - rollout_s
 
         # --- metrics ---
         has_pair = batch.differ.reshape(-1, args.pairs_per_state).any(1)

@@ -128,7 +128,7 @@ def make_policy(settings, model, envs, seeds, places):
 
 def evaluate_row(settings, model, envs, row, episode_ids, stem):
     """Record of a policy's success in a row; videos of its first success and first failure."""
-    start = time.time()
+    start = time.monotonic()
     dimension, task, split = row
     envs.set_task(task, split)
     missing = {"success", "failure"}
@@ -150,7 +150,7 @@ def evaluate_row(settings, model, envs, row, episode_ids, stem):
     success = [int(value) for value in values["success_at_end"]]
     record.update(dimension=dimension, task=task, split=split, n=len(success), k=sum(success))
     record.update(machine(), success=success, episode_ids=episode_ids.tolist())
-    return {**record, "minutes": (time.time() - start) / 60}
+    return {**record, "minutes": (time.monotonic() - start) / 60}
 
 
 def evaluate_policies(results, rows, lists, num_envs, path):

@@ -246,7 +246,7 @@ def main(args):
 
     for iteration in range(experiment.iteration + 1, args.num_iterations + 1):
         # --- rollout ---
-        start = time.time()
+        start = time.monotonic()
         frac = 1.0 - (iteration - 1) / args.num_iterations if args.anneal_lr else 1.0
         policy_optimizer.param_groups[0]["lr"] = frac * args.learning_rate
 
@@ -284,7 +284,7 @@ def main(args):
         advantages, samples, group_metrics = compare_groups(
             gather_envs(rewards), gather_envs(successes), length, args
         )
-        rollout_s = time.time() - start
+        rollout_s = time.monotonic() - start
 
         # --- update ---
         batch = Batch(
@@ -300,7 +300,7 @@ def main(args):
         metrics = {"losses/first_ratio_gap": ratio_gap(model, batch, args)}
         if len(samples):
             metrics |= update_policy(model, policy_optimizer, batch, args, rng)
-        update_s = time.time() - start - rollout_s
+        update_s = time.monotonic() - start - rollout_s
 
         # --- metrics ---
         metrics |= episode_metrics(episodes)

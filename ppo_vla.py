@@ -256,7 +256,7 @@ def main(args):
 
     for iteration in range(experiment.iteration + 1, args.num_iterations + 1):
         # --- rollout ---
-        start = time.time()
+        start = time.monotonic()
         frac = 1.0 - (iteration - 1) / args.num_iterations if args.anneal_lr else 1.0
         policy_optimizer.param_groups[0]["lr"] = frac * args.learning_rate
         value_optimizer.param_groups[0]["lr"] = frac * args.value_learning_rate
@@ -295,7 +295,7 @@ def main(args):
                 _, _, hidden = model.act(next_obs, infos["instruction"], temperature=0)
             next_value = critic(next_obs, infos["instruction"], hidden, state)
         advantages, returns = gae(rewards, values, dones, next_value, args.gamma, args.gae_lambda)
-        rollout_s = time.time() - start
+        rollout_s = time.monotonic() - start
 
         # --- update ---
         batch = Batch(
@@ -319,7 +319,7 @@ def main(args):
         else:
             optimizers = [value_optimizer] if warming_up else [policy_optimizer, value_optimizer]
             metrics |= update_policy(model, critic, optimizers, batch, args, rng)
-        update_s = time.time() - start - rollout_s
+        update_s = time.monotonic() - start - rollout_s
 
         # --- metrics ---
         metrics |= episode_metrics(episodes)

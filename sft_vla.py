@@ -240,10 +240,10 @@ def main(args):
 
     for iteration in range(experiment.iteration + 1, args.num_iterations + 1):
         # --- update ---
-        start = time.time()
+        start = time.monotonic()
         first_step = (iteration - 1) * args.num_updates
         metrics = update_policy(model, optimizer, demos, train_rows, first_step, args)
-        metrics["time/update_s"] = time.time() - start
+        metrics["time/update_s"] = time.monotonic() - start
 
         # --- metrics ---
         metrics |= validate(model, demos, train_rows, 256).means("train/")

@@ -134,7 +134,7 @@ ppo_vla.py --lora-rank -1                          | lora_rank = -1; >= 0
 ppo_vla.py --seed -1                               | seed = -1; >= 0
 ppo_vla.py --seed 5000000000                       | seed = 5000000000; <= 4294967295
 ppo_vla.py --eval-every -1                         | eval_every = -1; >= 0
-ppo_vla.py --eval-episodes 0                       | eval_episodes = 0; >= the 1
+ppo_vla.py --eval-episodes 0                       | eval_episodes = 0; >= 1; --eval-every 0
 ppo_vla.py --name a/b                              | name = 'a/b'; no slashes
 ppo_vla.py --name ..                               | name = '..'; no slashes
 ppo_vla.py --name LONG                             | xxx; File name too long

@@ -62,7 +62,7 @@ class Child:
         where = ["--output", str(run)] if script == "eval_ood" else where
         torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2" if ranks > 1 else ""
         words = f"{torchrun} child.py {script} {FLAGS[script]}".split() + where
-        self.mark = f"{os.getpid()}-{time.time()}"
+        self.mark = f"{os.getpid()}-{time.monotonic()}"
         path = {"MARK": self.mark, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
         with self.output.open("w", encoding="utf-8") as out:
             self.process = subprocess.Popen(
@@ -71,12 +71,12 @@ class Child:
 
     def wait_for(self, *names, seconds=300):
         """Until one of these patterns is in the run's directory: seconds, None if it ended."""
-        start = time.time()
+        start = time.monotonic()
         while not any(any(self.run.glob(name)) for name in names):
-            if self.process.poll() is not None or time.time() - start > seconds:
+            if self.process.poll() is not None or time.monotonic() - start > seconds:
                 return None
             time.sleep(0.02)
-        return time.time() - start
+        return time.monotonic() - start
 
     def end(self, seconds=300):
         """Exit status; hangs are killed and count as None."""
@@ -99,8 +99,8 @@ class Child:
 
     def orphans(self, seconds=15):
         """How many processes outlive the run by this time; they are killed then."""
-        until = time.time() + seconds
-        while self.members() and time.time() < until:
+        until = time.monotonic() + seconds
+        while self.members() and time.monotonic() < until:
             time.sleep(0.1)
         left = self.members()
         for pid in left:
@@ -158,10 +158,10 @@ def kills(script, repeats, rng):
     reference = Child(script, f"runs/{script}-whole")
     first = ".lock" if script != "eval_ood" else "results.json"
     reference.wait_for(first)
-    start = time.time()
+    start = time.monotonic()
     row = {"script": script, "SIGKILL": 0, "SIGINT": 0, "iterations lost": 0, "half files": 0}
     row |= {"orphans": 0, "failed": int(reference.end() != 0), "unequal": 0}
-    length, right = time.time() - start, outcome(script, reference.run)
+    length, right = time.monotonic() - start, outcome(script, reference.run)
     run, number = Path(f"runs/{script}-0"), 0
 
     def whole():

@@ -1,5 +1,6 @@
 """Policies that `eval_ood.py --policy` names: baselines, a file's function or class, a server."""
 
+import atexit
 import hashlib
 import importlib.util
 import inspect
@@ -169,8 +170,9 @@ class ServerPolicy:
         # Pictures do not compress in time, and a server that computes answers no pings
         options = dict(compression=None, max_size=None, ping_interval=None, proxy=None)
         try:
-            # Entered, and never left: it is open as long as the evaluation runs
+            # It is open as long as the process runs; servers log a traceback if it is not closed
             self.connection = connect(address, open_timeout=TIMEOUT_S, **options).__enter__()
+            atexit.register(self.connection.close)
         except (OSError, OverflowError, ValueError, WebSocketException) as error:
             why = f"policy = {address} does not open: {error or type(error).__name__}"
             raise ConnectionError(f"{why}; start the server, or correct the address") from error

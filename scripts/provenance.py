@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def fingerprint(model):
 
 
 def machine():
-    """dict of commit, hardware and software."""
+    """dict of script, commit, hardware and software."""
     git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     commit = ""
     if shutil.which("git"):
@@ -83,4 +84,6 @@ def machine():
         hardware += f", {torch.cuda.get_device_name()}"
     packages = ("torch", "mani_skill", "sapien", "numpy")
     software = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    return {"commit": commit.strip() or "unknown", "hardware": hardware, "software": software}
+    script = Path(sys.argv[0]).name
+    commit = commit.strip() or "unknown"
+    return {"script": script, "commit": commit, "hardware": hardware, "software": software}

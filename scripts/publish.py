@@ -94,15 +94,19 @@ def training_command(path):
 def training(model):
     """dict of what the run recorded of this checkpoint."""
     rows, path, log = {}, model / "args.json", model.parent / "metrics.jsonl"
-    starts = model.parent / "machines.jsonl"
+    starts, script = model.parent / "machines.jsonl", ""
     if starts.is_file():
         for line in starts.read_text(encoding="utf-8").splitlines():
             start = json.loads(line)
             name = f"machine, commit, from iteration {start['iteration']}"
             rows[name] = f"{start['hardware']}, {start['commit']}"
+            script = start.get("script", "")
     if path.is_file():
         flags = read_json(path)
-        rows.update(command=f"`{training_command(path)}`", start=flags["model"]["model"])
+        command = f"`{training_command(path)}`"
+        if script and f"python {script} " not in f"{command} ":  # a fork's
+            command = f"`{script}`, which is not CleanVLA's own; its flags are in args.json"
+        rows.update(command=command, start=flags["model"]["model"])
         rows["task, scene"] = f"{flags['scene']['task']}, {flags['scene']['scene']}"
         rows["data"] = ", ".join(flags.get("demos", ["the policy's own episodes"]))
     if (model / "training_state.pt").is_file() and log.is_file():

@@ -80,13 +80,7 @@ def compare(rows_a, rows_b):
 def report_text(policies):
     """Markdown. policies: those of results.json."""
     first, *others = policies
-    lines = {}
-    for policy, results in policies.items():
-        for name, success in outcomes(results["rows"]).items():
-            low, high = wilson(success.sum(), len(success))
-            line = lines.setdefault(name, {"": name})
-            line[policy] = f"{success.mean():.3f} [{low:.3f}, {high:.3f}]"
-    parts = [ABOUT, tabulate(lines.values(), "keys", "github")]
+    parts = [ABOUT, success_table(policies)]
     for other in others:
         tests = compare(policies[first]["rows"], policies[other]["rows"])
         table = tabulate(tests, "keys", "github", floatfmt=".3g")
@@ -96,6 +90,17 @@ def report_text(policies):
         row = next(iter(results["rows"].values()))
         parts.append(f"- {policy}: {row['hardware']}, {row['commit']}, {results.get('arguments')}")
     return "\n".join(parts) + "\n"
+
+
+def success_table(policies):
+    """A line per dimension and row, a column per policy."""
+    lines = {}
+    for policy, results in policies.items():
+        for name, success in outcomes(results["rows"]).items():
+            low, high = wilson(success.sum(), len(success))
+            line = lines.setdefault(name, {"": name})
+            line[policy] = f"{success.mean():.3f} [{low:.3f}, {high:.3f}]"
+    return tabulate(lines.values(), "keys", "github")
 
 
 def figure(policies):
@@ -137,6 +142,7 @@ def make(directory):
     policies, text = read_report(Path(directory, "results.json"))
     Path(directory, "report.md").write_text(text, encoding="utf-8")
     figure(policies).savefig(Path(directory, "figure.png"), dpi=110)
+    print(success_table(policies))
     print(f"wrote report.md and figure.png in {directory}")
 
 

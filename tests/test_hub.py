@@ -16,6 +16,7 @@ from scripts.publish import SUFFIXES, Args, Path, main, saved_args
 
 def test_what_goes_up_and_what_is_refused(train, evaluate, tmp_path, monkeypatch):  # noqa: F811
     """Stops lost weights, optimizer states, numbers and commands of others, late errors."""
+    monkeypatch.setattr("sys.argv", ["a/ppo_vla.py"])
     run, out = str(train("ppo", "--name mine --lora-rank 2 --no-anneal-lr")), f"{tmp_path}/hub"
     rows = evaluate("eval", steps=1, checkpoint=(run,), tasks="id,main")["mine"]["rows"]
     main(Args(run, "me/mine", results := f"{tmp_path}/eval", dry_run=out))
@@ -25,6 +26,10 @@ def test_what_goes_up_and_what_is_refused(train, evaluate, tmp_path, monkeypatch
     assert all(rows[name][key] == counts[key] for name, counts in found.items() for key in "kn")
     again = parse(re.search("`python ppo_vla.py (.*)`", card.text)[1])
     assert again == saved_args(type(again), Path(run, "args.json"))
+    machines = Path(run, "machines.jsonl")
+    machines.write_text(machines.read_text().replace("ppo_vla.py", "my_vla.py"))
+    main(Args(run, "me/mine", results, dry_run=f"{tmp_path}/fork"))
+    assert "`my_vla.py`, which is not" in hub.ModelCard.load(f"{tmp_path}/fork/README.md").text
     refused("none with", main, Args(str(WARMUP), "me/mine", results, dry_run="new"))
     refused("HF_TOKEN", main, Args(run, "me/mine"))
     monkeypatch.setattr(hub, "get_token", lambda: "hf_x")

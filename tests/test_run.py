@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,18 @@ def test_metrics_continue_where_the_checkpoint_was(begin, monkeypatch):
     of_rank(monkeypatch, 1, 2, experiment)  # which writes nothing
     begin("--name other").finish(1, {}, step=1)
     assert not Path("runs/other").exists()
+
+
+def test_a_stop_promises_what_is_saved(tmp_path, monkeypatch, capsys):
+    """Stops a command to continue with where nothing is saved yet."""
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    experiment.stop_on_signals(tmp_path)
+    for said in ("SIGINT: nothing is saved", f"--resume {tmp_path}"):
+        with pytest.raises(SystemExit, match="130"):
+            handlers[signal.SIGINT](signal.SIGINT, None)
+        assert said in capsys.readouterr().out
+        (tmp_path / "checkpoint-000000").mkdir(exist_ok=True)
 
 
 def test_every_episode_runs_once_and_in_the_order_of_the_list():

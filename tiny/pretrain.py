@@ -235,7 +235,7 @@ def main(args):
         asked = [QUESTION * ((row + number) % 2) + texts[row] for row in rows.tolist()]
         logprobs, _ = model.bin_logprobs(seen, asked, tokens[rows])
         meant = data["object"][rows] + OBJECTS - RECEPTACLES, data["receptacle"][rows]
-        names = [[spelled[number] for number in pair] for pair in zip(*meant, strict=True)]
+        names = [[spelled[name] for name in pair] for pair in zip(*meant, strict=True)]
         ends = named_tokens(model.tokenize(asked)[0], seen.shape[1], names).to(device)
         with model.autocast():
             told = heads[3](below["hidden"][:, : ends.shape[1]]).float()
@@ -258,7 +258,7 @@ def main(args):
         check(same, f"{saved} has {state['fixed']}, not {fixed}; remove it, or use its flags")
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"])
-    start = time.time()
+    start = time.monotonic()
     for name, num_updates, modules, loss_of, among in stages:
         if state and state["stage"] != name:
             continue  # this stage was finished before the interruption
@@ -284,13 +284,13 @@ def main(args):
             done = number + 1 == num_updates
             if rank == 0 and (done or (number + 1) % args.report_every == 0):
                 mean = np.mean(losses[-args.report_every :])
-                left = (time.time() - start) / len(losses) * (num_updates - number - 1) / 60
+                left = (time.monotonic() - start) / len(losses) * (num_updates - number - 1) / 60
                 print(f"{name} {number + 1}/{num_updates} | loss {mean:.3f} | {left:.0f} min left")
                 if name == "pointing" and (done or (number + 1) % (4 * args.report_every) == 0):
                     headers = "scenes", "pictures", "object mm", "> 30", "receptacle mm", "> 30"
                     print(tabulate(errors(model, val), headers), flush=True)
                 save_training(saved, model, heads, optimizer, name, number + 1, fixed)
-        start = time.time()
+        start = time.monotonic()
     if rank == 0:
         save_vla(model, folder)
         saved.unlink()

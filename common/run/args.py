@@ -129,7 +129,7 @@ def check_args(args, presets, unused):
     run.name = run.name or time.strftime(default)
     ranks, folder = int(os.environ.get("WORLD_SIZE", "1")), Path("runs", run.name)
     enough = not run.eval_every or run.eval_episodes >= ranks
-    check(enough, f"eval_episodes = {run.eval_episodes} must be >= the {ranks} ranks")
+    check(enough, f"eval_episodes = {run.eval_episodes} must be >= {ranks}; none: --eval-every 0")
     check(args.num_envs % ranks == 0, f"num_envs = {args.num_envs} must be a multiple of {ranks}")
     samples, parts = args.num_envs * flags.get("num_steps", 1), flags.get("num_minibatches", 1)
     check(parts <= samples, f"num_minibatches = {parts} must be <= the {samples} samples")

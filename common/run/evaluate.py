@@ -68,7 +68,7 @@ def evaluate(model, envs, task, num_episodes, video_stem=None, num_videos=2):
     The best checkpoint is chosen by it, so its list is none that eval_ood.py would judge it on.
     Returns: metrics eval/{success_at_end, low, high (Wilson 95 %), success_once, grasped, return,
         episodes} and time/eval_s. Videos: <video_stem>-<n>-<success|failure>.mp4."""
-    start = time.time()
+    start = time.monotonic()
     rank, world_size = rank_and_world_size()
     # eval_ood.py never uses the list of `main` and seed 0, which all committed runs have used
     seed = 0 if task == "main" else OWN_SEED
@@ -88,7 +88,7 @@ def evaluate(model, envs, task, num_episodes, video_stem=None, num_videos=2):
     successes = round(metrics["eval/success_at_end"] * num_episodes)
     metrics["eval/low"], metrics["eval/high"] = wilson(successes, num_episodes)
     metrics["eval/episodes"] = num_episodes
-    metrics["time/eval_s"] = time.time() - start
+    metrics["time/eval_s"] = time.monotonic() - start
     return metrics
 
 

@@ -102,7 +102,7 @@ class Experiment:
         if self.iteration == 0:
             self._log(self._evaluate() if self.run.eval_every else {}, step=0)
             self._save("checkpoint")
-        self.started = time.time()
+        self.started = time.monotonic()
 
     def _open(self, log):
         from torch.utils.tensorboard import SummaryWriter
@@ -127,7 +127,7 @@ class Experiment:
                 write_atomic(path, uuid.uuid4().hex)
             name = {"name": self.run_dir.name, "id": path.read_text(encoding="utf-8")}
             self.wandb = wandb.init(project="cleanvla", resume="allow", config=config, **name)
-        stop_on_signals(shlex.join(["python", sys.argv[0], "--resume", str(self.run_dir)]))
+        stop_on_signals(self.run_dir)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         print(f"{self.run_dir} | {self.args.model.model} on {self.model.device}; {self.args.scene}")
         print(f"trains {trained:.2f} M weights; matmuls in {self.args.model.dtype}", flush=True)
@@ -143,8 +143,8 @@ class Experiment:
         if self.due(iteration):
             metrics.update(self._evaluate())
         metrics.update(peak_memory())
-        self.seconds += time.time() - self.started
-        self.started = time.time()
+        self.seconds += time.monotonic() - self.started
+        self.started = time.monotonic()
         self._log(metrics, step)
         self._save("checkpoint")
         if self.enabled:
@@ -216,11 +216,13 @@ def state_of(part):
     return part.state_dict()
 
 
-def stop_on_signals(command):
+def stop_on_signals(run_dir):
     """SIGINT and SIGTERM say how to continue and leave with exit code 128 + their number."""
 
     def stop(number, frame):
-        print(f"\n{signal.Signals(number).name}: continue with: {command}", flush=True)
+        again = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+        how = f"continue with: {again}" if any(run_dir.glob("checkpoint-*")) else "nothing is saved"
+        print(f"\n{signal.Signals(number).name}: {how}", flush=True)
         sys.exit(128 + number)
 
     signal.signal(signal.SIGINT, stop)

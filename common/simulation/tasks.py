@@ -180,10 +180,13 @@ def get_task(name, fidelity="fixed"):
 def _digits(task, split):
     """Digit -> the values it chooses from, most significant digit first."""
     check(split in SPLITS, f"split = {split!r} is not known; use one of {', '.join(SPLITS)}")
-    values = {}
+    values, number = {}, SPLITS.index(split)
     for name in task.digits:
-        choice = getattr(task, name + "s")[SPLITS.index(split)]
+        choice = getattr(task, name + "s")[number]
         values[name] = position_set(choice) if name == "position" else np.array(choice)
+    third = task.extra in ("object", "plate") or task.move_at[number] is not None
+    right = not third or values["position"].shape[1] == 3
+    check(right, f"task {task.name}: a distractor or a jump needs a third point: position TC or TP")
     if task.extra in ("object", "plate"):
         values["extra"] = np.arange(1, len(values["extra"]))  # steps from target to distractor
     return values
