@@ -13,10 +13,10 @@ from common.simulation.env import STATE_SIZE
 class StateCritic(nn.Module):
     """Reads the simulator's state, which the policy never sees (Pinto et al. 2017)."""
 
-    def __init__(self, state_size, hidden=(256, 256)):
+    def __init__(self, state_size, width=256):
         super().__init__()
-        first, second = nn.Linear(state_size, hidden[0]), nn.Linear(*hidden)
-        self.layers = nn.Sequential(first, nn.GELU(), second, nn.GELU(), nn.Linear(hidden[1], 1))
+        layers = nn.Linear(state_size, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
+        self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
 
     def forward(self, obs, instructions, hidden, state):
         return self.layers(state)[:, 0]

@@ -126,8 +126,7 @@ class ConvStem(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        why = "a small model of an earlier version, of other pictures; use checkpoints/tiny-warmup"
-        check(not hasattr(config, "crop"), why)
+        check(not hasattr(config, "crop"), "a small model of an earlier version; use another")
         self.size = cells = tuple(config.camera_size[::-1])  # height, width
         self.convs, self.unread, width = nn.ModuleList(), [], 3
         for channels, kernel, stride in config.stem:

@@ -87,9 +87,7 @@ def evaluate(model, envs, task, num_episodes, video_stem=None, num_videos=2):
     metrics = episode_metrics([results], "eval/")
     successes = round(metrics["eval/success_at_end"] * num_episodes)
     metrics["eval/low"], metrics["eval/high"] = wilson(successes, num_episodes)
-    metrics["eval/episodes"] = num_episodes
-    metrics["time/eval_s"] = time.monotonic() - start
-    return metrics
+    return metrics | {"eval/episodes": num_episodes, "time/eval_s": time.monotonic() - start}
 
 
 def wilson(k, n):  # 95 % interval (low, high) of the success rate k / n

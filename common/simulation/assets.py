@@ -50,8 +50,8 @@ class AssetPack:
 def picture(read, index, width, height, view=FULL_VIEW):
     """(height, width, 3) uint8, read-only: this view of the image that read(index) gives."""
     image = read(index)
-    box = np.array(view).reshape(2, 2) / FULL_VIEW[2:] * image.size
-    image = np.array(image.resize((width, height), Image.BILINEAR, box=tuple(box.flat)))
+    box = tuple(side * image.width / 640 for side in view)
+    image = np.array(image.resize((width, height), Image.BILINEAR, box=box))
     image.setflags(write=False)
     return image
 

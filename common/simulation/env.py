@@ -205,7 +205,7 @@ class PutOnReceptacleEnv(BaseEnv):
         self.backgrounds = self.textures = load(pack.background, e.table)
         if e.composite != "plain":
             self.textures = load(pack.texture, e.texture)
-        self.mix = torch.tensor([pack.mixes[int(k)] for k in e.texture], device=self.device)
+        self.mix = torch.tensor([pack.mixes[k] for k in e.texture], device=self.device)
 
     # --- state of the bodies in play ---
     def _for_selected(self, which, function):
@@ -236,11 +236,11 @@ class PutOnReceptacleEnv(BaseEnv):
         self.boxes, self.half = {}, {}
         for which, bodies in (("object", self.pack.objects), ("plate", self.pack.plates)):
             chosen = [bodies[k] for k in getattr(self.episodes, which)]
-            self.boxes[which] = np.array([(body.bbox_min, body.bbox_max) for body in chosen])
+            box = np.array([(body.bbox_min, body.bbox_max) for body in chosen])
             z, names = self._pose(which)[:, 2].min(), [body.name for body in chosen]
             why = f"a {which} of {names} fell to z = {z:.2f} m; is its collision mesh whole?"
             check(z > TABLE_M - 0.1, why)
-            half = (self.boxes[which][:, 1] - self.boxes[which][:, 0]) / 2
+            self.boxes[which], half = box, (box[:, 1] - box[:, 0]) / 2
             rotation = quat_to_matrix(self._pose(which)[:, 3:])
             self.half[which] = (np.abs(rotation) @ half[:, :, None])[:, :, 0]
 
@@ -259,10 +259,9 @@ class PutOnReceptacleEnv(BaseEnv):
         target[:, :3] += np.float32(BASE_POSE[0])
         fingers = self.agent.robot.get_qpos()[:, 6:8].cpu().numpy()
         return dict(
-            object_pose=self._pose("object"), object_bbox=self.boxes["object"],
-            object_index=self.episodes.object,
-            plate_pose=self._pose("plate"), plate_bbox=self.boxes["plate"],
-            plate_index=self.episodes.plate,
+            object_pose=self._pose("object"), plate_pose=self._pose("plate"),
+            object_bbox=self.boxes["object"], plate_bbox=self.boxes["plate"],
+            object_index=self.episodes.object, plate_index=self.episodes.plate,
             tcp_pose=self._pose_of(arm.ee_link), tcp_target_pose=target, finger_qpos=fingers,
             base_pose=self._pose_of(self.agent.robot.links[0]))  # fmt: skip
 

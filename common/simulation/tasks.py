@@ -184,9 +184,9 @@ def _digits(task, split):
     for name in task.digits:
         choice = getattr(task, name + "s")[number]
         values[name] = position_set(choice) if name == "position" else np.array(choice)
-    third = task.extra in ("object", "plate") or task.move_at[number] is not None
-    right = not third or values["position"].shape[1] == 3
-    check(right, f"task {task.name}: a distractor or a jump needs a third point: position TC or TP")
+    if task.extra in ("object", "plate") or task.move_at[number] is not None:
+        why = f"task {task.name}: a distractor or a jump needs a third point: position TC or TP"
+        check(values["position"].shape[1] == 3, why)
     if task.extra in ("object", "plate"):
         values["extra"] = np.arange(1, len(values["extra"]))  # steps from target to distractor
     return values
@@ -221,7 +221,7 @@ def decode(task, split, episode_ids, fidelity="fixed"):
     extra[row.extra] = chosen["extra"]
     xyz, half_yaw = chosen["position"].astype(np.float32), np.deg2rad(chosen["yaw"]) / 2
     quat = np.stack([np.cos(half_yaw), none, none, np.sin(half_yaw)], axis=1).astype(np.float32)
-    upright = np.tile(np.array([1, 0, 0, 0], np.float32), (len(ids), 1))
+    upright = np.float32([[1, 0, 0, 0]] * len(ids))
     move_at = row.move_at[SPLITS.index(split)]
     third = "none" if move_at is None else "move_target"
     third_index, object_xyz = none - 1, xyz[:, 0]
