@@ -56,8 +56,7 @@ class VectorEnv:
         self.num_envs = num_envs
         self.max_episode_steps = settings["max_episode_steps"]
         self.fidelity = settings["fidelity"]
-        self.reset_after_success = reset_after_success
-        self.with_state = state
+        self.reset_after_success, self.with_state = reset_after_success, state
         width, height = settings["image_size"]
         self.images = np.zeros((num_envs, height, width, 3), np.uint8)
         self.states = np.zeros((num_envs, STATE_SIZE if state else 0), np.float32)
