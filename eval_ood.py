@@ -99,7 +99,7 @@ def plan_policy(args, checkpoint, device, policy="model"):
         settings["num_envs"] = args.num_envs  # all are in one world, or in one call of the policy
     if model:
         assets = SCENES[settings["scene"]]["assets"]
-        choose_key(locate(model).norm_stats, settings["unnorm_key"], assets)  # or it is refused
+        choose_key(locate(model).norm_stats, settings["unnorm_key"], assets, model)  # or refused
     return settings
 
 

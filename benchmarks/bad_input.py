@@ -246,7 +246,7 @@ eval_ood.py --checkpoint ws://127.0.0.1:9          | ws://127.0.0.1:9; neither a
 eval_ood.py --checkpoint p/plain.py:act            | p/plain.py:act; neither a directory
 eval_ood.py --checkpoint m/cut                     | m/cut/model.safetensors; is it whole
 eval_ood.py --checkpoint runs/done runs/done       | runs/done; once
-eval_ood.py --checkpoint m/six                     | m/six/config.json; q01; 7
+eval_ood.py --checkpoint m/six --unnorm-key a      | m/six; q01; 7
 eval_ood.py --policy runs/done                     | runs/done; FILE.py:NAME
 eval_ood.py --policy checkpoints/tiny-warmup       | tiny-warmup; FILE.py:NAME
 eval_ood.py --policy exprt                         | exprt; expert

@@ -32,6 +32,7 @@ from scripts.provenance import find_model, fingerprint, training_flags
 from scripts.report import make, outcomes
 
 SUFFIXES = (".safetensors", ".json", ".h5", ".md", ".png", ".mp4")  # nothing else goes up
+SCRIPTS = ("ppo_vla", "grpo_vla", "dpo_vla", "sft_vla")
 TAGS = ["cleanvla", "robotics", "vision-language-action", "maniskill"]
 
 
@@ -80,7 +81,7 @@ def command(words, given, usual):
 
 def training_command(path):
     """Command with the flags of args.json."""
-    for script in ("ppo_vla", "grpo_vla", "dpo_vla", "sft_vla"):
+    for script in SCRIPTS:
         module = importlib.import_module(script)
         try:
             given = flat(saved_args(module.Args, path))
@@ -103,10 +104,10 @@ def training(model):
             script = start.get("script", "")
     if path.is_file():
         flags = read_json(path)
-        command = f"`{training_command(path)}`"
-        if script and f"python {script} " not in f"{command} ":  # a fork's
-            command = f"`{script}`, which is not CleanVLA's own; its flags are in args.json"
-        rows.update(command=command, start=flags["model"]["model"])
+        rows.update(command=f"`{training_command(path)}`", start=flags["model"]["model"])
+        if script.removesuffix(".py") not in ("", *SCRIPTS):  # a fork's
+            why = "which is not CleanVLA's own; its flags are in args.json"
+            rows["command"] = f"`{script}`, {why}"
         rows["task, scene"] = f"{flags['scene']['task']}, {flags['scene']['scene']}"
         rows["data"] = ", ".join(flags.get("demos", ["the policy's own episodes"]))
     if (model / "training_state.pt").is_file() and log.is_file():

@@ -151,8 +151,12 @@ def test_whole_blends_a_window_that_follows_the_foreground(ratio, want):
     assert composite_row(*without, "whole", 1.0) == [20, 60, 100, 140]  # the corner is at least 1
 
 
-def test_bad_input_is_refused():
+def test_bad_input_is_refused(monkeypatch):
     """Stops a typing error that becomes a default, ids that wrap, and images that are broadcast."""
+    for change in (dict(move_at=(None, 5)), dict(extra="object", extras=tasks.OBJECTS)):
+        monkeypatch.setitem(TASKS, "own", tasks.Task("own", "", **change))
+        with pytest.raises(ValueError, match="own: .* needs positions TC or TP"):
+            num_configurations("own", "test")
     for where in (("mian", "train"), ("main", "val"), ("main", "train", "exact")):
         with pytest.raises(ValueError, match="'(mian|val|exact)' is not known"):
             num_configurations(*where)

@@ -84,14 +84,14 @@ def keys_of(path):
         return set(file.keys())
 
 
-def choose_key(norm_stats, unnorm_key, assets=""):
+def choose_key(norm_stats, unnorm_key, assets="", start="the model"):
     """unnorm_key, or the only key of norm_stats when it is empty; of data with these assets."""
     known = sorted(norm_stats)
     key = known[0] if not unnorm_key and len(known) == 1 else unnorm_key
-    check(key in known, f"unnorm_key = {unnorm_key!r} is not the model's; use one of {known}")
+    check(key in known, f"unnorm_key = {unnorm_key!r} is not of {start}; use one of {known}")
     numbers = norm_stats[key]["action"]["q01"] + norm_stats[key]["action"]["q99"]
     right = len(numbers) == 14 and all(map(math.isfinite, numbers))
-    check(right, f"q01 and q99 of {key} are {numbers}, not 7 finite numbers each; copy them again")
+    check(right, f"{start}: q01, q99 of {key} are {numbers}, not 7 finite numbers; copy it again")
     seen = norm_stats[key].get("assets", assets)
     check(assets in ("", seen), f"the model knows assets {seen!r}, not {assets!r}; change --model")
     return key

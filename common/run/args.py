@@ -142,6 +142,7 @@ def check_args(args, presets, unused):
         check_scene(args.scene.task, "train", args.scene.scene)
         check_simulator(args.scene.sim_device)
     if not run.resume:
-        norm_stats = locate(args.model.model).norm_stats
+        start, assets = args.model.model, SCENES[args.scene.scene]["assets"]
+        norm_stats = locate(start).norm_stats
         if not unused.get("unnorm_key"):
-            choose_key(norm_stats, args.model.unnorm_key, SCENES[args.scene.scene]["assets"])
+            choose_key(norm_stats, args.model.unnorm_key, assets, start)

@@ -169,7 +169,7 @@ class Episodes:
     move_at: int | None
 
 
-def get_task(name, fidelity="fixed"):
+def get_task(name, fidelity="fixed"):  # a row of the table
     check(name in TASKS, f"task = {name!r} is not known; use one of {', '.join(TASKS)}")
     check(fidelity in ("fixed", "published"), f"fidelity = {fidelity!r} is not known; use fixed")
     columns = PUBLISHED.get(name, {}) if fidelity == "published" else {}
@@ -185,7 +185,7 @@ def _digits(task, split):
         choice = getattr(task, name + "s")[number]
         values[name] = position_set(choice) if name == "position" else np.array(choice)
     if task.extra in ("object", "plate") or task.move_at[number] is not None:
-        why = f"task {task.name}: a distractor or a jump needs a third point: position TC or TP"
+        why = f"task {task.name}: a distractor or a jump needs positions TC or TP"
         check(values["position"].shape[1] == 3, why)
     if task.extra in ("object", "plate"):
         values["extra"] = np.arange(1, len(values["extra"]))  # steps from target to distractor
