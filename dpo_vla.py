@@ -15,7 +15,7 @@ of which tau_w has the higher return. Its code was never released; our decisions
 
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -227,12 +227,12 @@ def main(args):
 
     model = load_start(args.run, args.model, device)
     reference = None
-    if not args.model.lora_rank or locate(args.model.model).adapter:
-        # Turning LoRA off would not give the start. It must still be there on --resume
-        reference = load_start(replace(args.run, resume="", name=""), args.model, device)
     policy_optimizer = torch.optim.AdamW(trainable_parameters(model), lr=args.learning_rate)
-    envs = make_envs(args.num_envs // world_size, **vars(args.scene))
     state = {"policy": policy_optimizer}
+    if not args.model.lora_rank or locate(args.model.model).adapter:
+        # Turning LoRA off would not give the start: checkpoints keep it
+        reference = state["reference"] = load_start(args.run, args.model, device)
+    envs = make_envs(args.num_envs // world_size, **vars(args.scene))
     experiment = Experiment(args, model, envs, state)
 
     for iteration in range(experiment.iteration + 1, args.num_iterations + 1):

@@ -188,7 +188,7 @@ def test_no_pair_no_step_and_no_reference_but_the_start(train, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["all weights", "new adapter", "loaded adapter"])
 def test_reference_is_the_start(train, updates, tmp_path, monkeypatch, kind):
-    """Stops a reference that drifts or lacks the adapter, and a needless second model."""
+    """Stops a reference that drifts, lacks the adapter or is lost, and a needless second model."""
     start, flags = "tiny", "--learning-rate 0.01"
     if kind == "loaded adapter":
         adapted = load_vla("tiny", lora_rank=2, seed=1)
@@ -211,5 +211,6 @@ def test_reference_is_the_start(train, updates, tmp_path, monkeypatch, kind):
     assert torch.equal(ref_logprobs[rows], wanted) and not torch.allclose(moved, wanted, atol=1e-2)
     if kind == "loaded adapter":
         (tmp_path / "adapted").rename(tmp_path / "gone")
-        with pytest.raises(FileNotFoundError, match="adapted"):
-            train("dpo", f"{flags} --resume runs/run --num-iterations 3")
+    train("dpo", f"{flags} --resume runs/run --num-iterations 3", success=iter(SUCCESS))
+    batch, ref_logprobs, args = updates[2]
+    assert torch.equal(ref_logprobs[rows], trajectory_logprobs(begun, batch, rows, args))

@@ -69,8 +69,7 @@ def hold(run):
 
 def load_start(run, model, device, **options):
     """The model that training starts from or, on --resume, continues. run, model: their flags."""
-    if run.name or run.resume:  # else this is DPO's reference, which writes nothing
-        hold(run)
+    hold(run)
     if run.resume:
         read_state(run.resume)  # before what takes long
     settings = dict(asdict(model), **options, seed=run.seed, device=device)
