@@ -31,7 +31,7 @@ DEMOS = {  # seed 1: the start has seen scenes of seed 0
     "rft": "--seed 1 --num-demos 8100 --checkpoint runs/study-ppo-1/checkpoint-000085",
 }
 RL = "--eval-every 17 --keep-every 17"  # of 85 iterations
-SFT = "--model checkpoints/tiny-warmup --statistics model --freeze-vision --val-demos 100"
+SFT = "--model checkpoints/tiny-warmup --statistics model --val-demos 100"
 SFT += " --eval-every 0 --num-iterations 8 --keep-every 2 --demos demos/study-"
 
 

@@ -205,7 +205,7 @@ def test_reference_is_the_start(train, updates, tmp_path, monkeypatch, kind):
     assert len(loads) == 1 + (kind != "new adapter")
     assert metrics_of(run_dir)[1]["losses/first_margin"] == 0
     batch, ref_logprobs, args = updates[1]  # of a policy that has moved
-    begun = load_vla(start, seed=1, freeze_vision=True)
+    begun = load_vla(start, seed=1)
     rows = [0, 1, 6, 7]
     wanted, moved = (trajectory_logprobs(m, batch, rows, args) for m in (begun, loads[0]))
     assert torch.equal(ref_logprobs[rows], wanted) and not torch.allclose(moved, wanted, atol=1e-2)

@@ -100,18 +100,15 @@ def test_which_checkpoint_its_name_and_settings(tmp_path, monkeypatch):
         for name in (found, *names):
             (tmp_path / name).mkdir()
         assert find_model(tmp_path) == str(tmp_path / found)
-    assert short_names(["runs/ppo", "checkpoints/tiny-warmup/"]) == ["ppo", "tiny-warmup"]
     assert short_names(["/a/runs/x", "/b/runs/x"]) == ["a-runs-x", "b-runs-x"]
     assert short_names(["/a/best-000010", "tiny"]) == ["a-best-000010", "tiny"]
 
 
-REFUSED = """--policy model; --policy zero zero; --policy gone.py:act; --policy eval_ood.py
-    --policy ws://127.0.0.1:1; --policy ws://127.0.0.1:99999; --policy zero --num-episodes 0
-    --policy zero --num-envs 15; --policy zero --num-envs 0; --policy zero --tasks noise_weka
-    --policy zero --temperature -1; --policy zero --num-episodes 5000; --checkpoint tiny ./tiny
-    --checkpoint tiny --unnorm-key other; --checkpoint runs/no-such-run; --checkpoint OPENVLA
-    --checkpoint WARMUP --scene published; --policy zero --seed 4294967296
-    --checkpoint WARMUP OTHER-SCENE"""
+REFUSED = """--policy model; --policy zero zero; --policy gone.py:act; --policy ws://127.0.0.1:1
+    --policy zero --num-episodes 0; --policy zero --num-envs 15; --policy zero --tasks noise_weka
+    --policy zero --num-episodes 5000; --checkpoint tiny ./tiny; --checkpoint runs/no-such-run
+    --checkpoint tiny --unnorm-key other; --checkpoint WARMUP --scene published
+    --checkpoint OPENVLA; --checkpoint WARMUP OTHER-SCENE"""
 NAMED = {"published": "bridge", "OPENVLA": "--scene", "OTHER-SCENE": "cuda"}
 
 

@@ -56,7 +56,6 @@ def test_minibatches_and_learning_rates():
     rows = torch.cat([minibatch(step, 10, 3, seed=1) for step in range(3)])
     assert len(set(rows.tolist())) == 9
     assert not torch.equal(minibatch(0, 10, 3, seed=1), minibatch(3, 10, 3, seed=1))
-    assert torch.equal(minibatch(7, 10, 3, seed=1), minibatch(7, 10, 3, seed=1))
     assert sorted(minibatch(0, 10, 99, seed=1).tolist()) == list(range(10))
     # Augmentation does not move the scene by centimetres or depend on global state
     images = torch.randint(0, 256, (1, 8, 11, 3), dtype=torch.uint8)
@@ -134,8 +133,6 @@ def test_statistics_presets_and_bad_data(monkeypatch):
         assert list(model.config.norm_stats) == [model.unnorm_key] == ["cleanvla"]
         ranges = model.config.norm_stats["cleanvla"]["action"]
         assert np.allclose(ranges["q01"][:6], -np.array(ranges["q99"][:6])) == symmetric
-    updates = {name: (p.num_iterations * p.num_updates, p.augment) for name, p in PRESETS.items()}
-    assert updates["warmup"] == (2000, True) and updates["baseline"] == (60000, False)
     assert [p.statistics for p in PRESETS.values()] == ["symmetric", "model", "quantiles"]
     refused("val_demos = 10", start, args_of("--val-demos 10"))
     refused("scene = small", sft_vla.main, args_of("--scene published --eval-every 0"))

@@ -45,7 +45,7 @@ class Model:
     unnorm_key: str = ""  # action statistics; empty = the model's only ones
     dtype: Literal["float32", "bfloat16", "nf4"] = "float32"  # of matmuls; nf4: 4-bit weights, too
     lora_rank: int = 0  # 0 = train all weights
-    freeze_vision: bool = True  # vision and projector are not trained
+    freeze_vision: bool = False  # vision and projector are not trained
     activation_checkpointing: bool = False  # less memory, updates about 30 % slower
 
 

@@ -199,7 +199,7 @@ class PutOnReceptacleEnv(BaseEnv):
         e, pack = self.episodes, self.pack
 
         def load(picture, indices):
-            pictures = [picture(int(k), *self.image_size, self.view) for k in indices]
+            pictures = [picture(k, *self.image_size, self.view) for k in indices]
             return torch.as_tensor(np.stack(pictures), device=self.device)
 
         self.backgrounds = self.textures = load(pack.background, e.table)
