@@ -56,7 +56,6 @@ def test_minibatches_and_learning_rates():
     rows = torch.cat([minibatch(step, 10, 3, seed=1) for step in range(3)])
     assert len(set(rows.tolist())) == 9
     assert not torch.equal(minibatch(0, 10, 3, seed=1), minibatch(3, 10, 3, seed=1))
-    assert torch.equal(minibatch(7, 10, 3, seed=1), minibatch(7, 10, 3, seed=1))
     assert sorted(minibatch(0, 10, 99, seed=1).tolist()) == list(range(10))
     # Augmentation does not move the scene by centimetres or depend on global state
     images = torch.randint(0, 256, (1, 8, 11, 3), dtype=torch.uint8)
