@@ -65,5 +65,6 @@ def write_atomic(path, content):
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     with naming(path, "can it be written?"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        content = content.encode() if isinstance(content, str) else content
+        temporary.write_bytes(content)
         os.replace(temporary, path)
