@@ -1,5 +1,6 @@
 """What a run shows: videos and curve.png."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -8,7 +9,7 @@ import imageio.v2 as imageio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.run.files import naming
+from common.run.files import naming, write_atomic
 
 
 def draw_curves(run_dir, *keys):
@@ -24,7 +25,13 @@ def draw_curves(run_dir, *keys):
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=key)
             axes.legend()
-    figure.savefig(Path(run_dir, "curve.png"), dpi=120)
+    write_figure(Path(run_dir, "curve.png"), figure, dpi=120)
+
+
+def write_figure(path, figure, dpi):
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=dpi)
+    write_atomic(path, picture.getvalue())
 
 
 def write_video(path, frames, instruction, fps=5):

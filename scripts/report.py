@@ -9,7 +9,8 @@ from scipy.stats import binomtest, norm
 from tabulate import tabulate
 
 from common.run.evaluate import wilson
-from common.run.files import check, naming, read_json
+from common.run.files import check, naming, read_json, write_atomic
+from scripts.pictures import write_figure
 
 ROW = {"dimension": str, "success": [int], "episode_ids": [int], "hardware": str, "commit": str}
 OOD = ("vision", "semantics", "execution")
@@ -140,8 +141,8 @@ def read_report(path):
 def make(directory):
     """Write report.md and figure.png beside results.json."""
     policies, text = read_report(Path(directory, "results.json"))
-    Path(directory, "report.md").write_text(text, encoding="utf-8")
-    figure(policies).savefig(Path(directory, "figure.png"), dpi=110)
+    write_atomic(Path(directory, "report.md"), text)
+    write_figure(Path(directory, "figure.png"), figure(policies), dpi=110)
     print(success_table(policies))
     print(f"wrote report.md and figure.png in {directory}")
 

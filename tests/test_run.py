@@ -160,7 +160,7 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(begin, monkeypatch, 
 
 
 def test_metrics_continue_where_the_checkpoint_was(begin, monkeypatch):
-    """Stops repeated iterations, lines of an earlier run, and numbers that are not JSON."""
+    """Stops repeated iterations, lines of another run, numbers that are no JSON, half a curve."""
     run, path = begin(), Path("runs/x/metrics.jsonl")
     for iteration in (1, 2):
         run.finish(iteration, {"losses/x": torch.tensor(iteration / 10)}, step=iteration)
@@ -172,6 +172,10 @@ def test_metrics_continue_where_the_checkpoint_was(begin, monkeypatch):
     rows = [json.loads(line, **strict) for line in path.read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3]
     assert rows[3]["losses/x"] == 9.0 and rows[3]["losses/y"] is None
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", Mock(side_effect=KeyboardInterrupt))
+        experiment.draw_curves("runs/x", "losses/x")
+    assert not Path("runs/x/curve.png").exists()
     saved = json.loads((find_checkpoint("runs/x") / "args.json").read_text(), **strict)
     assert saved["run"]["name"] == "x" and saved["run"]["resume"] == ""
     begin("--num-iterations 2")
