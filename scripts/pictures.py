@@ -1,6 +1,5 @@
 """What a run shows: videos and curve.png."""
 
-import io
 import json
 import os
 from pathlib import Path
@@ -9,7 +8,7 @@ import imageio.v2 as imageio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.run.files import naming, write_atomic
+from common.run.files import naming
 
 
 def draw_curves(run_dir, *keys):
@@ -29,16 +28,16 @@ def draw_curves(run_dir, *keys):
 
 
 def write_figure(path, figure, dpi):
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=dpi)
-    write_atomic(path, picture.getvalue())
+    temporary = path.with_name(f".{path.name}")  # a reader never meets half a file
+    figure.savefig(temporary, dpi=dpi)
+    os.replace(temporary, path)
 
 
 def write_video(path, frames, instruction, fps=5):
     """H.264 video, 640 wide, of (H, W, 3) uint8 frames with the instruction on top."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp.mp4")  # a reader never meets half a file
+    temporary = path.with_name(f".{path.stem}.tmp.mp4")
     upscale = max(1, 640 // frames[0].shape[1])
     font = ImageFont.load_default(18)
     options = dict(fps=fps, codec="libx264", macro_block_size=2)

@@ -60,11 +60,10 @@ def check_types(value, like, name="its content"):
             check_types(value[key], like.get(key, like.get(str)), key)
 
 
-def write_atomic(path, content):
-    """Write text or bytes to a temporary file and rename it: a reader never meets half a file."""
+def write_atomic(path, text):
+    """Write a temporary file and rename it: a reader never meets half a file."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     with naming(path, "can it be written?"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = content.encode() if isinstance(content, str) else content
-        temporary.write_bytes(content)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
