@@ -61,8 +61,6 @@ def test_the_list_that_picked_a_checkpoint_never_judges_it(task, monkeypatch):
     for seed in range(3):
         for ids in eval_ood.plan_episodes(rows, 16, seed, "fixed").values():
             assert len(ids) == 16 and ids.tolist() != lists[0]
-    if task == "main":  # what all committed curves are of
-        assert lists[0] == evaluation_ids("main", "train", 16, seed=0).tolist()
 
 
 def test_rows_and_their_lists():
