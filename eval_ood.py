@@ -44,7 +44,7 @@ MEANS = ("success_at_end", "success_once", "grasped", "held", "return")
 @dataclass
 class Args:
     checkpoint: tuple[str, ...] = ()  # models, or runs: their best, else latest checkpoint
-    policy: tuple[str, ...] = ()  # others: random, zero, expert, FILE.py:NAME, ws://HOST:PORT
+    policy: tuple[str, ...] = ()  # others: random, zero, expert, FILE.py:NAME, NAME=ws://HOST:PORT
     tasks: str = "id,vision,semantics,execution"  # dimensions, rows, or training tasks (main)
     num_episodes: int = 192  # per task; a shorter list is the beginning of a longer one
     temperature: float = 0.6  # 0 = greedy; never compare results across temperatures

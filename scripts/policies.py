@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.run.args import check
+from common.run.files import check, naming
 from demonstrations.expert import Expert
 
 BASELINES = ("random", "zero", "expert")
-KINDS = f"{', '.join(BASELINES)}, FILE.py:NAME or ws://HOST:PORT"
+KINDS = f"{', '.join(BASELINES)}, FILE.py:NAME or ws://HOST:PORT, with a name: pi0=ws://..."
 TIMEOUT_S = 60  # of a server's answer
 AGAIN = "repeat the command, finished tasks are kept"
 
@@ -25,14 +25,15 @@ def is_server(policy):
 
 
 def name_policies(policies, taken):
-    """dict name in reports and folders -> policy: my_policy-act, 127.0.0.1-8000.
+    """dict name in reports and folders -> policy: my_policy-act, 127.0.0.1-8000, or as given.
 
     policies: of --policy; "model" is --checkpoint's. ValueError: two of one name, or one of taken.
     """
     names = {}
     for policy in policies:
+        given, policy = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", policy).groups()
         tail = policy.split("//")[1] if is_server(policy) else Path(policy).name
-        name = re.sub(r"[^\w.]+", "-", tail.replace(".py:", "-"))
+        name = given or re.sub(r"[^\w.]+", "-", tail.replace(".py:", "-"))
         check(name not in {*names, *taken}, f"policy = {policy}: two are called {name}; rename one")
         if policy != "model":
             names[name] = policy
@@ -96,7 +97,7 @@ def check_actions(who, actions, shapes, right):
     """Actions as float32. ValueError: they are no numbers, not finite, or `right(shape)` is not."""
     try:
         numbers = np.asarray(actions, np.float32)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:  # RuntimeError: of torch
         raise ValueError(f"{who} gave {actions!r:.300}, no array of numbers: {error}") from error
     fix = f"it must be {shapes}: metres, radians, gripper"
     check(right(numbers.shape), f"{who} gave actions of shape {numbers.shape}; {fix}")
@@ -131,7 +132,8 @@ class FilePolicy:
         found = getattr(module, self.name, None)
         has = [name for name, value in vars(module).items() if callable(value)]
         check(callable(found), f"policy = {self.policy!r}: no such function or class; use of {has}")
-        self.function = found() if inspect.isclass(found) else found
+        with naming(self.path, "a class is made without arguments", TypeError):
+            self.function = found() if inspect.isclass(found) else found
         right = callable(self.function)
         check(right, f"policy = {self.policy!r} needs __call__(self, images, instructions, rows)")
         try:

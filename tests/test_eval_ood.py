@@ -22,7 +22,7 @@ from common.model.checkpoints import load_vla, save_vla
 from common.run import evaluate as evaluation
 from common.simulation.episodes import evaluation_ids, training_episodes
 from common.simulation.tasks import REPORT_ROWS, decode
-from scripts.policies import load_policy
+from scripts.policies import load_policy, name_policies
 from scripts.provenance import find_model, fingerprint, short_names
 
 WARMUP = Path(__file__).parent.parent / "checkpoints/tiny-warmup"
@@ -98,8 +98,8 @@ def test_which_checkpoint_its_name_and_settings(tmp_path, monkeypatch):
         for name in (found, *names):
             (tmp_path / name).mkdir()
         assert find_model(tmp_path) == str(tmp_path / found)
+    assert name_policies(["pi0=ws://a:1", "b.py:c"], []) == {"pi0": "ws://a:1", "b-c": "b.py:c"}
     assert short_names(["/a/runs/x", "/b/runs/x"]) == ["a-runs-x", "b-runs-x"]
-    assert short_names(["/a/best-000010", "tiny"]) == ["a-best-000010", "tiny"]
 
 
 REFUSED = """--policy model; --policy zero zero; --policy gone.py:act; --policy ws://127.0.0.1:1

@@ -53,6 +53,8 @@ def test_chunks_are_played_to_their_end():
 @pytest.mark.parametrize("gives, error, says", [
     ("def act(: pass", ValueError, "Python"), ("class act: pass", ValueError, "__call__"),
     ("actt = len", ValueError, "actt"), ("act = lambda *_: [0] * 7", ValueError, r"\(7,\)"),
+    ("class act:\n  def __init__(self, a): 0", ValueError, "without arguments"),
+    ("import torch as t\nact = lambda *_: t.ones(2, 7, requires_grad=True)", ValueError, "detach"),
     ("act = lambda *_: [[0] * 7]", ValueError, r"\(1, 7\)"),
     ("act = lambda *_: [[0] * 6] * 2", ValueError, r"\(2, 6\)"),
     ("act = lambda *_: [[float('nan')] * 7] * 2", ValueError, "nan"),
