@@ -16,7 +16,7 @@ from common.model.checkpoints import choose_key, keys_of, load_vla, save_vla, tr
 from common.model.openvla import OpenVLA
 
 INSTRUCTIONS = ["put carrot on plate", "put banana on cloth"]
-PICTURES = np.random.default_rng(0).integers(0, 256, (2, 120, 160, 3), dtype=np.uint8)
+PICTURES = np.random.default_rng(0).integers(0, 256, (2, 60, 80, 3), dtype=np.uint8)
 INDEX, ADAPTER = "model.safetensors.index.json", "adapter_model.safetensors"
 
 

@@ -133,7 +133,7 @@ def test_actions_do_not_depend_on_num_envs():
         seeds = range(first, min(first + num_envs, 40))
         policy = eval_ood.make_policy(settings, model, None, seeds, None)
         texts = [f"put {'big ' * (n % 3)}carrot on plate" for n in seeds]
-        pictures = [np.random.default_rng(n).integers(256, size=(120, 160, 3)) for n in seeds]
+        pictures = [np.random.default_rng(n).integers(256, size=(60, 80, 3)) for n in seeds]
         actions[num_envs].extend(policy(np.array(pictures, np.uint8), texts, np.arange(len(seeds))))
     assert len(np.unique(actions[16], axis=0)) > 30
     assert np.array_equal(actions[16], actions[32]) and np.array_equal(actions[16], actions[48])

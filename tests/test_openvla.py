@@ -23,7 +23,7 @@ PICTURES, PROMPTS = ARRAYS["images_u8"], EXPECTED["instructions"]
 GIVEN = torch.tensor(ARRAYS["in:random_ids"]).long()
 
 
-def images(n, height=120, width=160):
+def images(n, height=60, width=80):
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (n, height, width, 3), dtype=np.uint8)
 

@@ -5,6 +5,7 @@ state (N, D) float32: `env.state_features`. Each critic reads one of them."""
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from common.simulation.env import STATE_SIZE
@@ -28,18 +29,17 @@ class HiddenCritic(nn.Module):
     def __init__(self, width, reads="h0", inner=(512, 128)):
         super().__init__()
         self.reads = reads
-        first = nn.Linear(width * 7 if reads == "concat" else width, inner[0])
-        second, last = nn.Linear(*inner), nn.Linear(inner[1], 1, bias=False)
-        self.layers = nn.Sequential(first, nn.GELU(), second, nn.GELU(), last)
-        for layer in (first, second, last):
+        self.head_l1 = nn.Linear(width * 7 if reads == "concat" else width, inner[0])
+        self.head_l2, self.head_l3 = nn.Linear(*inner), nn.Linear(inner[1], 1, bias=False)
+        for layer in self.children():
             nn.init.normal_(layer.weight, std=0.02)
-        nn.init.zeros_(first.bias)
-        nn.init.zeros_(second.bias)
+        nn.init.zeros_(self.head_l1.bias)
+        nn.init.zeros_(self.head_l2.bias)
 
     def forward(self, obs, instructions, hidden, state):
         x = {"h0": hidden[:, 0], "hn": hidden[:, -1], "concat": hidden.flatten(1)}[self.reads]
-        with torch.autocast(x.device.type, enabled=False):
-            return self.layers(x.float())[:, 0]
+        x = F.gelu(self.head_l1(x.float()))
+        return self.head_l3(F.gelu(self.head_l2(x)))[:, 0]
 
 
 class SeparateCritic(nn.Module):
