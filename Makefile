@@ -25,10 +25,6 @@ demo: setup
 SHIP = $(PY) -c "import sys; from common.model.checkpoints import load_vla, save_vla; \
 	save_vla(load_vla(sys.argv[1], dtype='bfloat16', trainable=False), sys.argv[2])"
 
-# the fast dtype of matmuls: a processor without AMX or AVX512-BF16 emulates bfloat16
-FAST_BFLOAT16 = nvidia-smi -L || grep -E 'amx_bf16|avx512_bf16' /proc/cpuinfo
-DTYPE ?= $(shell ($(FAST_BFLOAT16)) >/dev/null 2>&1 && echo bfloat16 || echo float32)
-
 # The same command goes on after an interruption: a scene file or 500 updates are the most that is
 # lost. On two cores of an AMD EPYC 50 minutes for the scenes and 80 for the training (bfloat16)
 pretrained: runs/tiny-pretrained/config.json
@@ -36,7 +32,7 @@ pretrained: runs/tiny-pretrained/config.json
 
 runs/tiny-pretrained/config.json: | setup
 	$(PY) -m tiny.pointing --output demos/pointing
-	$(PY) -m tiny.pretrain --dtype $(DTYPE) --output runs/tiny-pretrained
+	$(PY) -m tiny.pretrain --output runs/tiny-pretrained
 
 # Clones checkpoints/tiny-pretrained and replaces checkpoints/tiny-warmup; a second time needs
 # runs/tiny-warmup removed. The steps took 12 minutes on two cores with AMX; see results/warmup

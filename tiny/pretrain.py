@@ -33,6 +33,7 @@ from common.model.checkpoints import load_vla, save_vla
 from common.run.files import check
 from common.run.ranks import setup_ranks, sum_gradients, sum_over_ranks
 from demonstrations.reader import action_statistics
+from scripts.provenance import FAST_DTYPE
 from tiny.pointing import FINGERS, MODES, OBJECTS, RECEPTACLES, answer
 from tiny.scenes import class_names
 
@@ -59,7 +60,7 @@ class Args:
     report_every: int = 500  # updates, after which errors are printed and the run is saved
     seed: int = 1
     device: str = "auto"  # cpu, cuda, or auto
-    dtype: str = "float32"  # of matmuls; bfloat16 is faster where the processor has it
+    dtype: str = FAST_DTYPE  # of matmuls
 
 
 def load(path):

@@ -1,5 +1,4 @@
-"""The flags that all training scripts share, presets, --resume, and checks of what was given.
-A script's Args holds these groups beside its own flags; on the command line all flags are flat."""
+"""Flags that all training scripts share, presets, --resume, checks. Typed, all flags are flat."""
 
 import importlib.util
 import os
@@ -16,6 +15,7 @@ import tyro
 from common.model.checkpoints import choose_key, locate
 from common.run.files import check, check_types, naming, read_json
 from common.simulation.env import SCENES, check_scene
+from scripts.provenance import FAST_DTYPE
 from scripts.renderer import check_simulator
 
 
@@ -43,7 +43,7 @@ class Scene:
 class Model:
     model: str = "checkpoints/tiny-warmup"  # model or LoRA directory, hub id, or tiny (random)
     unnorm_key: str = ""  # action statistics; empty = the model's only ones
-    dtype: Literal["float32", "bfloat16", "nf4"] = "float32"  # of matmuls; nf4: 4-bit weights, too
+    dtype: Literal["float32", "bfloat16", "nf4"] = FAST_DTYPE  # of matmuls; nf4: 4-bit weights, too
     lora_rank: int = 0  # 0 = train all weights
     freeze_vision: bool = False  # vision and projector are not trained
     activation_checkpointing: bool = False  # less memory, updates about 30 % slower
