@@ -1,11 +1,12 @@
 """How much faster is this checkout than an older commit? Both in turn, by their plain commands.
 
-    python benchmarks/speed.py --against bb47261    # 15 minutes on two idle cores
+    python benchmarks/speed.py --against bb47261    # 40 minutes on two idle cores
 
-Supports the table of docs/benchmark.md, "What a step costs". PPO: environment steps per second of
-whole iterations, rollout and update, as the runs log them (charts/SPS; the first iteration, which
-trains the critic alone, is left out). eval_ood.py: episodes per minute of the whole command, the
-start of the program included. Each checkout runs its own code with its own checkpoints.
+Supports docs/benchmark.md, "What a step costs". PPO: environment steps per second of whole
+iterations, rollout and update, as the runs log them (charts/SPS; the first iteration, which trains
+the critic alone, is left out), in float32 and, where it is fast, in bfloat16. eval_ood.py: episodes
+per minute of the whole command, the start of the program included. Each checkout runs its own code
+with its own checkpoints.
 """
 
 import json
@@ -23,10 +24,10 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.run.ranks import cores  # noqa: E402
-from scripts.provenance import machine  # noqa: E402
+from scripts.provenance import FAST_DTYPE, machine  # noqa: E402
 
-PPO = """ppo_vla.py --num-envs 64 --num-iterations 3 --value-warmup-iterations 1 --eval-every 0
-    --name speed""".split()
+PPO = """ppo_vla.py --num-envs 64 --num-iterations 3 --value-warmup-iterations 1
+    --eval-every 0""".split()
 EVAL = """eval_ood.py --checkpoint checkpoints/tiny-warmup --num-episodes 64
     --tasks in_distribution,unseen_table,unseen_objects --output runs/speed-eval""".split()
 NUM_EPISODES = 3 * 64
@@ -41,20 +42,22 @@ class Args:
 
 def run(folder, command):
     """Seconds that a script of the checkout in `folder` takes."""
-    start = time.time()
+    start = time.monotonic()
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run([sys.executable, *command], cwd=folder, check=True, env=environment,
                    stdout=subprocess.DEVNULL)  # fmt: skip
-    return time.time() - start
+    return time.monotonic() - start
 
 
 def measure(folder):
     """dict of lists: PPO's steps/s per iteration, eval_ood.py's episodes per minute."""
-    run(folder, PPO)
-    lines = Path(folder, "runs/speed/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps_per_s = [json.loads(line).get("charts/SPS") for line in lines][2:]
-    minutes = run(folder, EVAL) / 60
-    return {"ppo steps/s": steps_per_s, "eval_ood.py episodes/min": [NUM_EPISODES / minutes]}
+    found = {"eval_ood.py episodes/min": [NUM_EPISODES / (run(folder, EVAL) / 60)]}
+    for dtype in sorted({"float32", FAST_DTYPE}):
+        run(folder, [*PPO, "--dtype", dtype, "--name", dtype])
+        lines = Path(folder, f"runs/{dtype}/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line).get("charts/SPS") for line in lines]
+        found[f"ppo_vla.py steps/s, {dtype}"] = rows[2:]
+    return found
 
 
 def checkout(commit, folder):
