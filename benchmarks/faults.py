@@ -146,6 +146,17 @@ def half_files(run):
     return bad
 
 
+def differences(right, found):
+    """Where two outcomes differ: what was expected, what was found; of weights their names."""
+    for expected, got in zip(right[0], found[0], strict=False) if isinstance(right, tuple) else ():
+        for key in expected.keys() | got.keys():
+            if expected.get(key) != got.get(key):
+                yield f"{expected['iteration']} {key}: {expected.get(key)} {got.get(key)};"
+    if isinstance(right, tuple):
+        yield str([name for name in right[1] if right[1][name] != found[1].get(name)])
+        yield f"{len(right[0])} {len(found[0])} rows"
+
+
 def progress(child):
     """Iterations that the run called finished, and those of its newest checkpoint."""
     said = [int(n) for n in re.findall(r"^iter (\d+)/", child.text(), re.M)]
@@ -168,7 +179,10 @@ def kills(script, repeats, rng):
         """The run is resumed to its end and compared; the next one is new."""
         nonlocal run, number
         row["failed"] += Child(script, run).end() != 0
-        row["unequal"] += outcome(script, run) != right
+        found = outcome(script, run)
+        row["unequal"] += found != right
+        if found != right:
+            print(f"{run} ended otherwise:", *differences(right, found), flush=True)
         number += 1
         run = Path(f"runs/{script}-{number}")
 

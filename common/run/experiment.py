@@ -98,7 +98,7 @@ class Experiment:
                     part.load_state_dict({**part.state_dict(), **saved[name]})
         if self.enabled:
             self._open(log)
-        if self.iteration == 0:
+        if not self.run.resume:
             self._log(self._evaluate() if self.run.eval_every else {}, step=0)
             self._save("checkpoint")
         self.started = time.monotonic()
