@@ -147,14 +147,14 @@ def half_files(run):
 
 
 def differences(right, found):
-    """Where two outcomes differ: what was expected, what was found; of weights their names."""
-    for expected, got in zip(right[0], found[0], strict=False) if isinstance(right, tuple) else ():
-        for key in expected.keys() | got.keys():
-            if expected.get(key) != got.get(key):
-                yield f"{expected['iteration']} {key}: {expected.get(key)} {got.get(key)};"
-    if isinstance(right, tuple):
-        yield str([name for name in right[1] if right[1][name] != found[1].get(name)])
-        yield f"{len(right[0])} {len(found[0])} rows"
+    """Of two outcomes of training: rows, what differs in them, names of weights that differ."""
+    (rows, weights), (rows_found, weights_found) = right, found
+    yield f"{len(rows)} rows, {len(rows_found)} found"
+    for row, other in zip(rows, rows_found, strict=False):
+        for key in row.keys() | other.keys():
+            if row.get(key) != other.get(key):
+                yield f"{row['iteration']} {key}: {row.get(key)}, {other.get(key)} found"
+    yield f"weights {[name for name in weights if weights[name] != weights_found.get(name)]}"
 
 
 def progress(child):
@@ -182,7 +182,8 @@ def kills(script, repeats, rng):
         found = outcome(script, run)
         row["unequal"] += found != right
         if found != right:
-            print(f"{run} ended otherwise:", *differences(right, found), flush=True)
+            where = differences(right, found) if isinstance(right, tuple) else (right, found)
+            print(f"{run} ended otherwise:", *where, sep="\n", flush=True)
         number += 1
         run = Path(f"runs/{script}-{number}")
 

@@ -227,7 +227,8 @@ def tables(report):
         found.append(lines)
     for part in ("fuzz", "kills", "faults"):
         rows = report.get(part, [])
-        hidden = ("examples", "message", "commit", "hardware", "software")
+        hidden = ["examples", "message", "commit", "hardware", "software"]
+        hidden += ["script"] if part == "faults" else []
         found.append([{k: v for k, v in row.items() if k not in hidden} for row in rows])
     return [lines for lines in found if lines]
 
@@ -249,9 +250,9 @@ def main(args):
             found = [faults.kills(name, args.repeats, rng) for name in args.scripts]
             report["kills"] = kept + [machine() | row for row in found]
             if "ppo" in args.scripts:
-                report["faults"] = faults.single_faults()
+                report["faults"] = [machine() | row for row in faults.single_faults()]
         os.chdir(ROOT)
-    for part in args.parts:
+    for part in {*args.parts} - {"faults"}:  # whose rows say it themselves
         report[f"how {part}"] = asdict(args) | machine()
     for lines in tables(report):
         print(tabulate(lines, "keys", "github"), end="\n\n")

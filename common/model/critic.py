@@ -39,9 +39,8 @@ class HiddenCritic(nn.Module):
 
     def forward(self, obs, instructions, hidden, state):
         x = {"h0": hidden[:, 0], "hn": hidden[:, -1], "concat": hidden.flatten(1)}[self.reads]
-        with torch.autocast(x.device.type, enabled=False):
-            x = F.gelu(self.head_l1(x.float()))
-            return self.head_l3(F.gelu(self.head_l2(x)))[:, 0]
+        x = F.gelu(self.head_l1(x.float()))
+        return self.head_l3(F.gelu(self.head_l2(x)))[:, 0]
 
 
 class SeparateCritic(nn.Module):
