@@ -228,7 +228,7 @@ def main(args):
     policy_optimizer = torch.optim.AdamW(trainable_parameters(model), lr=args.learning_rate)
     state = {"policy": policy_optimizer}
     if not args.model.lora_rank or locate(args.model.model).adapter:
-        # Turning LoRA off would not give the start: checkpoints keep it
+        # Turning LoRA off would not give the start: a copy, which --resume restores
         reference = state["reference"] = load_start(args.run, args.model, device)
     envs = make_envs(args.num_envs // world_size, **vars(args.scene))
     experiment = Experiment(args, model, envs, state)

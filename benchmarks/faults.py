@@ -146,6 +146,17 @@ def half_files(run):
     return bad
 
 
+def differences(right, found):
+    """Of two outcomes of training: rows, what differs in them, names of weights that differ."""
+    (rows, weights), (rows_found, weights_found) = right, found
+    yield f"{len(rows)} rows, {len(rows_found)} found"
+    for row, other in zip(rows, rows_found, strict=False):
+        for key in row.keys() | other.keys():
+            if row.get(key) != other.get(key):
+                yield f"{row['iteration']} {key}: {row.get(key)}, {other.get(key)} found"
+    yield f"weights {[name for name in weights if weights[name] != weights_found.get(name)]}"
+
+
 def progress(child):
     """Iterations that the run called finished, and those of its newest checkpoint."""
     said = [int(n) for n in re.findall(r"^iter (\d+)/", child.text(), re.M)]
@@ -168,7 +179,11 @@ def kills(script, repeats, rng):
         """The run is resumed to its end and compared; the next one is new."""
         nonlocal run, number
         row["failed"] += Child(script, run).end() != 0
-        row["unequal"] += outcome(script, run) != right
+        found = outcome(script, run)
+        row["unequal"] += found != right
+        if found != right:
+            where = differences(right, found) if isinstance(right, tuple) else (right, found)
+            print(f"{run} ended otherwise:", *where, sep="\n", flush=True)
         number += 1
         run = Path(f"runs/{script}-{number}")
 

@@ -1,7 +1,8 @@
 """Careless users, damaged files and killed processes, counted: docs/reliability.md has the table.
 
     python benchmarks/reliability.py
-    python benchmarks/reliability.py --parts faults --repeats 20    # other parts are kept
+    python benchmarks/reliability.py --parts faults --repeats 10    # an hour; other parts are kept
+    python benchmarks/reliability.py --parts faults --scripts sft --repeats 10
 
 1. bad-input: each command of benchmarks/bad_input.py must be refused: exit status not 0, the words
    beside it in the message, within 5 s of processor time beyond the imports, before the simulator
@@ -226,7 +227,8 @@ def tables(report):
         found.append(lines)
     for part in ("fuzz", "kills", "faults"):
         rows = report.get(part, [])
-        hidden = ("examples", "message")
+        hidden = ["examples", "message", "commit", "hardware", "software"]
+        hidden += ["script"] if part == "faults" else []
         found.append([{k: v for k, v in row.items() if k not in hidden} for row in rows])
     return [lines for lines in found if lines]
 
@@ -244,10 +246,13 @@ def main(args):
         if "faults" in args.parts:
             rng = random.Random(args.seed)
             Path("child.py").write_text(faults.CHILD, encoding="utf-8")
-            report["kills"] = [faults.kills(name, args.repeats, rng) for name in args.scripts]
-            report["faults"] = faults.single_faults()
+            kept = [row for row in report.get("kills", []) if row["script"] not in args.scripts]
+            found = [faults.kills(name, args.repeats, rng) for name in args.scripts]
+            report["kills"] = kept + [machine() | row for row in found]
+            if "ppo" in args.scripts:
+                report["faults"] = [machine() | row for row in faults.single_faults()]
         os.chdir(ROOT)
-    for part in args.parts:
+    for part in {*args.parts} - {"faults"}:  # whose rows say it themselves
         report[f"how {part}"] = asdict(args) | machine()
     for lines in tables(report):
         print(tabulate(lines, "keys", "github"), end="\n\n")

@@ -132,8 +132,10 @@ class FilePolicy:
         found = getattr(module, self.name, None)
         has = [name for name, value in vars(module).items() if callable(value)]
         check(callable(found), f"policy = {self.policy!r}: no such function or class; use of {has}")
-        with naming(self.path, "a class is made without arguments", TypeError):
-            self.function = found() if inspect.isclass(found) else found
+        if inspect.isclass(found):
+            with naming(self.path, "a class is made without arguments", (TypeError, ValueError)):
+                inspect.signature(found).bind()
+        self.function = found() if inspect.isclass(found) else found
         right = callable(self.function)
         check(right, f"policy = {self.policy!r} needs __call__(self, images, instructions, rows)")
         try:

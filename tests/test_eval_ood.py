@@ -100,6 +100,7 @@ def test_which_checkpoint_its_name_and_settings(tmp_path, monkeypatch):
         assert find_model(tmp_path) == str(tmp_path / found)
     assert name_policies(["pi0=ws://a:1", "b.py:c"], []) == {"pi0": "ws://a:1", "b-c": "b.py:c"}
     assert short_names(["/a/runs/x", "/b/runs/x"]) == ["a-runs-x", "b-runs-x"]
+    assert short_names(["/a/best-000010", "tiny/"]) == ["a-best-000010", "tiny"]
 
 
 REFUSED = """--policy model; --policy zero zero; --policy gone.py:act; --policy ws://127.0.0.1:1

@@ -29,6 +29,7 @@ def test_known_values_of_pairs_within_rows():
     """Stops another interval, adjustment or test, and a bar beside another task's name."""
     assert wilson(8, 10) == pytest.approx((0.4901624, 0.9433178), abs=1e-6)
     assert report.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert report.holm([0.9, 0.8]) == pytest.approx([1.0, 1.0]) and len(report.holm([])) == 0
     cases = ((1, 9, 22 / 1024), (9, 1, 22 / 1024), (0, 5, 2 / 32), (4, 4, 1), (0, 0, 1))
     for only_a, only_b, p in cases:
         a, b = ([k] * only_a + [1 - k] * only_b + [1, 0] for k in (1, 0))

@@ -161,7 +161,7 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(begin, monkeypatch, 
 
 def test_metrics_continue_where_the_checkpoint_was(begin, monkeypatch):
     """Stops repeated iterations, lines of another run, numbers that are no JSON, half a curve."""
-    run, path = begin(), Path("runs/x/metrics.jsonl")
+    run, path = begin() and begin("--resume runs/x"), Path("runs/x/metrics.jsonl")
     for iteration in (1, 2):
         run.finish(iteration, {"losses/x": torch.tensor(iteration / 10)}, step=iteration)
     run.iteration = 3

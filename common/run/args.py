@@ -1,4 +1,4 @@
-"""Flags that all training scripts share, presets, --resume, checks. Typed, all flags are flat."""
+"""Groups of flags that the Args of all training scripts share; presets, --resume, checks."""
 
 import importlib.util
 import os
@@ -98,7 +98,8 @@ def saved_args(args_class, path, group=None):
     return args_class(**saved)
 
 
-def flat(args):  # dict of all flags by name, those of the groups too
+def flat(args):
+    """dict of all flags by name, those of the groups too."""
     flags = {}
     for name, value in vars(args).items():
         flags.update(vars(value) if is_dataclass(value) else {name: value})

@@ -32,7 +32,8 @@ STATUS = """train/success_at_end train/return losses/cross_entropy val/cross_ent
     eval/success_at_end charts/SPS system/peak_gpu_gb""".split()  # metrics in the status line
 
 
-def find_checkpoint(run_dir, kind="checkpoint"):  # the complete one with the highest number
+def find_checkpoint(run_dir, kind="checkpoint"):
+    """The complete one with the highest number; ValueError: there is none."""
     found = sorted(Path(run_dir).glob(f"{kind}-{NUMBER}"))
     check(found, f"{run_dir} holds no {kind}-NNNNNN; start a new run")
     return found[-1]
@@ -98,7 +99,7 @@ class Experiment:
                     part.load_state_dict({**part.state_dict(), **saved[name]})
         if self.enabled:
             self._open(log)
-        if self.iteration == 0:
+        if not self.run.resume:
             self._log(self._evaluate() if self.run.eval_every else {}, step=0)
             self._save("checkpoint")
         self.started = time.monotonic()

@@ -169,7 +169,8 @@ class Episodes:
     move_at: int | None
 
 
-def get_task(name, fidelity="fixed"):  # a row of the table
+def get_task(name, fidelity="fixed"):
+    """A row of the table; ValueError for an unknown name or fidelity."""
     check(name in TASKS, f"task = {name!r} is not known; use one of {', '.join(TASKS)}")
     check(fidelity in ("fixed", "published"), f"fidelity = {fidelity!r} is not known; use fixed")
     columns = PUBLISHED.get(name, {}) if fidelity == "published" else {}
