@@ -29,8 +29,7 @@ WARMUP = Path(__file__).parent.parent / "checkpoints/tiny-warmup"
 ALIKE = "main single main_carrot main_image carrot plate position ee_pose instruct".split()
 
 
-def scenes(task, ids):
-    """What the ids stand for, however the task numbers them."""
+def scenes(task, ids):  # what the ids stand for, however the task numbers them
     e = decode(task, "train", ids)
     columns = [e.object, e.plate, e.table, e.object_xyz, e.plate_xyz, e.object_quat]
     return set(map(tuple, np.column_stack(columns).round(4).tolist()))

@@ -1,7 +1,6 @@
 """The benchmark scene as one ManiSkill environment: a WidowX puts an object on a receptacle.
-Scene, robot, reset, success and reward follow the RL4VLA benchmark (Liu et al. 2025). Departures:
-on a CPU an episode is fixed by its id alone: the arm is reset before the objects settle, and only
-bodies in play are in the scene (theirs: all 25). Metres, newtons, quaternions wxyz; B episodes."""
+All follows the RL4VLA benchmark (Liu et al. 2025), but that on a CPU the arm is reset before the
+objects settle and only bodies in play are there. Metres, newtons, quaternions wxyz; B episodes."""
 
 from functools import partial
 
@@ -112,9 +111,8 @@ class PutOnReceptacleEnv(BaseEnv):
         return actor
 
     def _bring_into_play(self, wanted):
-        """On a CPU: a new PhysX world with robot, table and the `wanted` (kind, index) bodies.
-        PhysX orders contacts by its world's past, and grasps amplify that to centimetres. A world
-        per episode (1 ms) makes an episode a function of its id alone."""
+        """On a CPU: a new PhysX world with robot, table and `wanted` (kind, index) bodies. PhysX
+        orders contacts by its world's past; in a new one (1 ms) an id alone fixes an episode."""
         for actor in self._in_play.values():
             actor._objs[0].remove_from_scene()
             del self.scene.actors[actor.name]
@@ -231,8 +229,7 @@ class PutOnReceptacleEnv(BaseEnv):
         return self.scene.get_pairwise_contact_forces(body, other).cpu().numpy()  # (B, 3) newtons
 
     def _measure_bodies(self):
-        """Boxes (B, 2, 3): least and largest corner of the collision shapes in the frame of each.
-        Half extents (B, 3) in world axes; as published, the offset of the box is ignored."""
+        """Boxes (B, 2, 3) of collision shapes; half extents (B, 3) in world axes, offset ignored"""
         self.boxes, self.half = {}, {}
         for which, bodies in (("object", self.pack.objects), ("plate", self.pack.plates)):
             chosen = [bodies[k] for k in getattr(self.episodes, which)]
