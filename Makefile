@@ -11,6 +11,7 @@ help:
 	@echo "make doctor     says what this machine can do, with a fix for what is missing"
 	@echo "make docs       builds the site into site/ and fails at a dead link"
 	@echo "make warmup     makes checkpoints/tiny-warmup again, in about 3 minutes"
+	@echo "make study      the runs of docs/study.md, days on two cores"
 	@echo "make pretrained makes checkpoints/tiny-pretrained again, in about three hours"
 	@echo "make setup | lint | format | lock | clean"
 
