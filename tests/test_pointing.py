@@ -139,13 +139,13 @@ def test_bodies_lie_where_the_model_sees_them(folder):
 
 @pytest.mark.long
 def test_both_stages_learn_resume_and_the_model_is_a_start(folder, tmp_path, capsys, monkeypatch):
-    """Stops a stage that trains nothing (from 13.6 and 5.5 nats), a resume that is another run."""
+    """Stops a stage that trains nothing (100 updates: 32 and 6.5), a resume that is another run."""
     args = dict(scenes=str(folder), batch_size=16, report_every=100, seed=3)
     args.update(eyes_updates=200, pointing_updates=200)
     pretrain.main(pretrain.Args(output=str(tmp_path / "whole"), **args))
     lines = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
-    losses = [float(line.split()[3]) for line in lines]
-    assert losses[1] < 9.0 and losses[3] < 5.2
+    losses = [float(line.split("loss ")[1].split()[0]) for line in lines]
+    assert losses[1] < 16 and losses[3] < 4.5, losses
     made = dict(load_vla(tmp_path / "whole").named_parameters())
     half, save = pretrain.Args(output=str(tmp_path / "half"), **args), Mock()
     write = pretrain.save_training

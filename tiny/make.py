@@ -1,4 +1,4 @@
-"""Write tokenizer.json and config.json of the embedded 1.4 M parameter model: `python -m tiny.make`.
+"""Write tokenizer.json and config.json of the embedded model of 1.4 M: `python -m tiny.make`.
 
 Its words are those of the benchmark's templates and names, digits, colours, simple shapes and
 punctuation; any other word becomes <unk>. The prompt's two constant pieces are one token each.
