@@ -3,15 +3,16 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo pretrained warmup test test-long lint format doctor docs extras lock clean
+.PHONY: help setup demo pretrained warmup study test test-long lint format doctor docs extras lock clean
 help:
 	@echo "make demo       trains PPO for a few iterations and says where curve and video are"
 	@echo "make test       ruff and the tests (arguments for pytest: PYTEST_ARGS='-k gae')"
 	@echo "make test-long  the same with the tests that take minutes each"
 	@echo "make doctor     says what this machine can do, with a fix for what is missing"
 	@echo "make docs       builds the site into site/ and fails at a dead link"
-	@echo "make warmup     makes checkpoints/tiny-warmup again, in about 12 minutes"
-	@echo "make pretrained makes checkpoints/tiny-pretrained again, on a GPU in about 15 minutes"
+	@echo "make warmup     makes checkpoints/tiny-warmup again, in about 3 minutes"
+	@echo "make study      the runs of docs/study.md, days on two cores"
+	@echo "make pretrained makes checkpoints/tiny-pretrained again, in about three hours"
 	@echo "make setup | lint | format | lock | clean"
 
 setup:
@@ -25,42 +26,27 @@ demo: setup
 SHIP = $(PY) -c "import sys; from common.model.checkpoints import load_vla, save_vla; \
 	save_vla(load_vla(sys.argv[1], dtype='bfloat16', trainable=False), sys.argv[2])"
 
-# the fast dtype of matmuls: a processor without AMX or AVX512-BF16 emulates bfloat16
-FAST_BFLOAT16 = nvidia-smi -L || grep -E 'amx_bf16|avx512_bf16' /proc/cpuinfo
-DTYPE ?= $(shell ($(FAST_BFLOAT16)) >/dev/null 2>&1 && echo bfloat16 || echo float32)
-
-# Training takes 6 minutes of an H100, or about 5 hours of two cores. There it is
-# make pretrained PRETRAIN=".venv/bin/torchrun --nproc-per-node 2"; see docs/demos.md
-PRETRAIN ?= $(PY)
+# The same command goes on after an interruption: a scene file or 500 updates are the most that is
+# lost. On two cores of an AMD EPYC 50 minutes for the scenes, 45 for the eyes, 85 for pointing
 pretrained: runs/tiny-pretrained/config.json
 	$(SHIP) runs/tiny-pretrained checkpoints/tiny-pretrained
 
-demos/pointing/trajectory.json: | setup
-	$(PY) -m tiny.pointing --num-scenes 8000 --output demos/pointing
+runs/tiny-pretrained/config.json: | setup
+	$(PY) -m tiny.pointing --output demos/pointing
+	$(PY) -m tiny.pretrain --output runs/tiny-pretrained
 
-demos/pointing-two/trajectory.json: | setup
-	$(PY) -m tiny.pointing --num-scenes 8000 --task multi_carrot --seed 1 --output demos/pointing-two
-
-POINTING = demos/pointing/trajectory.json demos/pointing-two/trajectory.json
-runs/tiny-pretrained-wide/config.json: $(POINTING)
-	$(PRETRAIN) -m tiny.pretrain --batch-size 512 --eyes-updates 2613 --pointing-updates 3015 \
-		--dtype $(DTYPE) --output runs/tiny-pretrained-wide
-
-runs/tiny-pretrained/config.json: runs/tiny-pretrained-wide/config.json
-	$(PRETRAIN) -m tiny.pretrain --batch-size 512 --eyes-updates 0 --pointing-updates 5000 \
-		--label-std 2 --dtype $(DTYPE) --model runs/tiny-pretrained-wide \
-		--output runs/tiny-pretrained
-
-# Clones checkpoints/tiny-pretrained and replaces checkpoints/tiny-warmup; a second time needs
-# runs/tiny-warmup removed. The steps took 12 minutes on two cores with AMX; see results/warmup
+# Clones checkpoints/tiny-pretrained and replaces checkpoints/tiny-warmup, in three minutes; a
+# second time needs runs/tiny-warmup removed
 warmup: setup
-	$(PY) -m demonstrations.record --num-demos 1000 --num-envs 32 --max-episode-steps 60 \
-		--action-noise 0.015 --blunder-probability 0.04 --output demos/warmup
-	$(VENV)/bin/torchrun --nproc-per-node 2 sft_vla.py --demos demos/warmup --name tiny-warmup \
-		--dtype $(DTYPE) --num-envs 64 --num-iterations 5 --num-updates 50 \
-		--eval-every 5 --eval-episodes 192
-	$(SHIP) runs/tiny-warmup/checkpoint-000005 checkpoints/tiny-warmup
+	$(PY) -m demonstrations.record --task main_carrot --num-demos 140 --output demos/warmup
+	$(PY) sft_vla.py --demos demos/warmup --val-demos 10 --name tiny-warmup --num-iterations 6 \
+		--freeze-vision --eval-every 0
+	$(SHIP) runs/tiny-warmup/checkpoint-000006 checkpoints/tiny-warmup
 	cp runs/tiny-warmup/args.json checkpoints/tiny-warmup/
+
+# The runs of docs/study.md: days on two cores; STUDY_ARGS=--quick has all steps in minutes
+study: setup
+	$(PY) benchmarks/study.py $(STUDY_ARGS)
 
 # whole files in parallel: most of a test is one process that waits for another
 PYTEST = $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile

@@ -64,9 +64,7 @@ PRESETS = {
     "default": Args(),
     "paper": Args(
         scene=Scene(scene="published", sim_device="cuda"),
-        model=Model(
-            "gen-robot/openvla-7b-rlvla-warmup", "bridge_orig", "bfloat16", 32, freeze_vision=False
-        ),
+        model=Model("gen-robot/openvla-7b-rlvla-warmup", "bridge_orig", "bfloat16", lora_rank=32),
         num_steps=80, num_iterations=391, learning_rate=2e-5, anneal_lr=False, pairs_per_batch=1,
         micro_batch_size=8,
     ),

@@ -1,4 +1,4 @@
-"""The study's generalisation benchmark for any policy: 16 tasks, in and out of distribution.
+"""The paper's generalisation benchmark for any policy: 16 tasks, in and out of distribution.
 
     python eval_ood.py --checkpoint runs/ppo runs/sft --output results/NAME
     python eval_ood.py --policy my_policy.py:act expert --output results/mine

@@ -70,9 +70,7 @@ PRESETS = {
     "default": Args(),
     "paper": Args(
         scene=Scene(scene="published", sim_device="cuda"),
-        model=Model(
-            "gen-robot/openvla-7b-rlvla-warmup", "bridge_orig", "bfloat16", 32, freeze_vision=False
-        ),
+        model=Model("gen-robot/openvla-7b-rlvla-warmup", "bridge_orig", "bfloat16", lora_rank=32),
         num_steps=80, num_iterations=391, anneal_lr=False, num_minibatches=32, micro_batch_size=8,
         max_grad_norm=10 / 7, group_size=64, same_state=False, advantage="stepwise",
         filter_low=0.0, filter_high=1.0, clip_high=0.2,

@@ -71,9 +71,7 @@ PRESETS = {
     "default": Args(),
     "paper": Args(
         scene=Scene(scene="published", sim_device="cuda"),
-        model=Model(
-            "gen-robot/openvla-7b-rlvla-warmup", "bridge_orig", "bfloat16", 32, freeze_vision=False
-        ),
+        model=Model("gen-robot/openvla-7b-rlvla-warmup", "bridge_orig", "bfloat16", lora_rank=32),
         num_steps=80, num_iterations=391, anneal_lr=False, num_minibatches=32, micro_batch_size=8,
         max_grad_norm=10 / 7, reset_after_success=0, critic="h0", vf_coef=1 / 7,
         value_learning_rate=3e-3, value_warmup_iterations=0, gae_lambda=0.95,

@@ -45,7 +45,7 @@ class Args:
 
     run: Run = field(default_factory=Run)  # name, seed, resume, device, evaluation
     scene: Scene = field(default_factory=Scene)  # task, small or published, cpu or cuda
-    model: Model = field(default_factory=lambda: Model(START, freeze_vision=False))  # and LoRA
+    model: Model = field(default_factory=lambda: Model(START))  # and LoRA
     # demonstrations
     demos: tuple[str, ...] = ("demos/main",)  # directories of demonstrations/record.py, mixed
     num_demos: int = 0  # the first so many of each directory; 0 = all
@@ -75,13 +75,13 @@ PRESETS = {
     "default": Args(),
     "warmup": Args(  # 2,000 updates; keeps the statistics of OpenVLA's training data
         **PAPER,
-        model=Model("openvla/openvla-7b", "bridge_orig", "bfloat16", 32, freeze_vision=False),
+        model=Model("openvla/openvla-7b", "bridge_orig", "bfloat16", lora_rank=32),
         val_demos=5, statistics="model", num_iterations=20, augment=True,
     ),
     "baseline": Args(  # 60,000 updates; checkpoints hold the merged weights too, 15 GB
         **PAPER,
         run=Run(eval_every=5), num_iterations=60, num_updates=1000,
-        model=Model("runs/warmup/checkpoint-000020", "", "bfloat16", 32, freeze_vision=False),
+        model=Model("runs/warmup/checkpoint-000020", "", "bfloat16", lora_rank=32),
         val_demos=16, statistics="quantiles", merge_adapter=True,
     ),
 }  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from common.run.files import check, check_types, naming, read_json
+from common.simulation.assets import FULL_VIEW
 from common.simulation.env import CAMERA, SCENES
 from common.simulation.tasks import scene_numbers
 
@@ -95,16 +96,20 @@ def read_header(directory):
         raise FileNotFoundError(f"{path} or its .json is missing; record it with: {command}")
     header = read_json(json_path, "is it of demonstrations?", HEADER)
     with naming(json_path, "is it of demonstrations?"):
-        settings = header["settings"]
+        settings, look = header["settings"], header["env_info"]["env_kwargs"]
         if "scene" not in settings:  # of earlier versions
             settings["scene"] = "published" if settings["assets"] == "bridge" else "small"
         settings.setdefault("split", "train")
         check_types(settings, {"scene": str, "split": str})
-        settings.setdefault("fidelity", SCENES[settings["scene"]]["fidelity"])
+        scene = SCENES[settings["scene"]]
+        settings.setdefault("fidelity", scene["fidelity"])
         check_types(settings, {"fidelity": str})
         where = settings["task"], settings["split"], [], settings["fidelity"]
-        scene_numbers(*where)  # refuses what it does not know
+        scene_numbers(*where)  # it refuses what it does not know
         check(header["episodes"], "it has no episodes")
+        size, view = tuple(look["image_size"]), tuple(look.get("view", FULL_VIEW))
+        why = f"pictures of {size} pixels are of an earlier version; record them again"
+        check((size, view) == (scene["image_size"], scene["view"]), why)
     with naming(path, kinds=Exception):
         file = h5py.File(path)
     with file:

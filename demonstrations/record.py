@@ -1,6 +1,7 @@
-"""Record demonstrations of the closed-loop expert: trajectory.h5 and trajectory.json.
+"""Record demonstrations of the closed-loop expert or of a policy: trajectory.h5, trajectory.json.
 
     python -m demonstrations.record --num-demos 1000 --output demos/main
+    python -m demonstrations.record --checkpoint runs/ppo --output demos/ppo    # its successes
 
 The files are ManiSkill's, with compressed pictures; they appear when all is recorded. For very many
 demonstrations use several directories with a --seed each: sft_vla.py mixes them. See docs/demos.md.
@@ -20,28 +21,34 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
+from common.model.checkpoints import choose_key, load_vla, locate
 from common.run.args import check_values
+from common.run.evaluate import episode_generators
 from common.run.files import check, naming, write_atomic
+from common.run.ranks import setup_ranks
 from common.simulation.env import CAMERA, ENV_ID, SCENES, check_scene
 from common.simulation.episodes import training_episodes
 from common.simulation.tasks import num_configurations
 from common.simulation.vec_env import make_envs
 from demonstrations.expert import Expert
 from demonstrations.reader import action_statistics
+from scripts.provenance import find_model
 from scripts.renderer import check_simulator
 
 CONTROL_MODE = "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos"
 MAY_BE_ZERO = """seed max_episode_steps hold_steps action_noise noise_probability
     blunder_probability""".split()
 BLUNDER_STEPS = 4  # 0.8 s drop any object
+SUCCESS_STEPS = 5  # that a policy's success must last, as in training, before it counts as done
 
 
 @dataclass
 class Args:
     output: str = "demos/main"  # a new directory
     num_demos: int = 100  # successful episodes
+    checkpoint: str = ""  # a model or a run whose policy acts, at temperature 1; empty = the expert
     task: str = "main"  # a row of common/simulation/tasks.py, in training
-    scene: Literal["small", "published"] = "small"  # embedded bodies, or the study's own assets
+    scene: Literal["small", "published"] = "small"  # embedded bodies, or the paper's own assets
     seed: int = 0  # of the episodes and of what disturbs them
     num_envs: int = 16  # simulated at once; another number gives other demonstrations
     max_episode_steps: int = 0  # control steps; 0 = the scene's
@@ -52,11 +59,12 @@ class Args:
     image_format: Literal["jpeg", "png"] = "jpeg"  # jpeg: quality 95
 
 
-def rollout(envs, expert, ids, args, rng):
-    """Run the expert for one batch of whole episodes, ids (N,).
+def rollout(envs, expert, model, ids, args, rng):
+    """Run the expert, or `model` unless it is None, for one batch of whole episodes, ids (N,).
 
     Returns: list of N dicts of one episode: frames, T + 1 files; actions as executed and labels
-        (T, 7); success, rewards (T,); instruction; done_at: first step at which the expert rested.
+        (T, 7); success, rewards (T,); instruction; done_at: the first step at which the expert
+        rested, or the policy's success had lasted.
     """
     num_envs = len(ids)
     obs, infos = envs.reset([iter([episode_id]) for episode_id in ids])
@@ -65,9 +73,15 @@ def rollout(envs, expert, ids, args, rng):
     instructions = infos["instruction"]
     labels, actions, success, rewards, done = [], [], [], [], []
     blunder = np.zeros(num_envs, dtype=int)  # steps it will last
+    generators, lasted = episode_generators(ids, args.seed), np.zeros(num_envs, dtype=int)
     for _ in range(envs.max_episode_steps):
-        label = expert.act(envs.privileged_state())
-        done.append(expert.done)
+        if model is None:
+            label = expert.act(envs.privileged_state())
+            done.append(expert.done)
+        else:
+            tokens, _, _ = model.act(obs, instructions, 1.0, generators)
+            label = model.decode_actions(tokens).numpy()
+            done.append(lasted >= SUCCESS_STEPS)
         action = label.copy()
         pushed = rng.random((num_envs, 1)) < args.noise_probability
         push = rng.normal(size=(num_envs, 4)) * args.action_noise * np.array([1, 1, 1, 10])
@@ -81,6 +95,7 @@ def rollout(envs, expert, ids, args, rng):
         labels.append(label)
         actions.append(action)
         success.append(infos["success"])
+        lasted = np.where(success[-1], lasted + 1, 0)
         rewards.append(reward)
     episodes = []
     for env in range(num_envs):
@@ -162,10 +177,15 @@ def check_args(args):
             f"the scenes of {args.task}; use fewer, or a larger task"
         )
     check_simulator("cpu")
+    if args.checkpoint:
+        source = locate(find_model(args.checkpoint))
+        choose_key(source.norm_stats, "", SCENES[args.scene]["assets"])
 
 
 def main(args):
     check_args(args)
+    setup_ranks("cpu")
+    model = load_vla(find_model(args.checkpoint), trainable=False) if args.checkpoint else None
     path, temporary = new_files(args.output)
     envs = make_envs(args.num_envs, task=args.task, scene=args.scene)
     envs.max_episode_steps = args.max_episode_steps or envs.max_episode_steps
@@ -178,7 +198,7 @@ def main(args):
         for batch in count():
             rng = np.random.default_rng([args.seed, batch])
             ids = list(islice(training_episodes(args.task, rng, envs.fidelity), args.num_envs))
-            for episode in rollout(envs, expert, ids, args, rng):
+            for episode in rollout(envs, expert, model, ids, args, rng):
                 length = min(episode["done_at"] + args.hold_steps, envs.max_episode_steps)
                 success = episode["success"][length - 1] and episode["success"][-1]
                 attempted += 1
@@ -194,7 +214,7 @@ def main(args):
             if attempted > 20 * (len(entries) + args.num_envs):
                 raise RuntimeError(
                     f"only {len(entries)} demonstrations from {attempted} episodes of {args.task}; "
-                    "raise --max-episode-steps: the expert needs about 25"
+                    "raise --max-episode-steps: the expert needs about 25, a policy may need more"
                 )
     bar.close()
     envs.close()
@@ -209,7 +229,7 @@ def main(args):
             "max_episode_steps": envs.max_episode_steps,
         },
         "source_type": "motionplanning",
-        "source_desc": "CleanVLA's closed-loop expert",
+        "source_desc": f"CleanVLA's {args.checkpoint or 'closed-loop expert'}",
         "settings": settings,
         "counts": {"attempted": attempted, "rejected": rejected},
         "statistics": {"action": action_statistics(np.concatenate(labels))},

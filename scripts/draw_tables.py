@@ -13,7 +13,7 @@ from PIL import Image
 from transforms3d.quaternions import quat2mat
 
 FOLDER = Path(__file__).parents[1] / "common/simulation"
-SIZE = (160, 120)  # pixels, of the small scene's camera
+SIZE = (160, 120)  # pixels; the small scene shows the middle of it
 
 
 def noise(x, y, seed, octaves=1):

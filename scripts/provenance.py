@@ -68,6 +68,17 @@ def fingerprint(model):
     return digest.hexdigest()
 
 
+def fast_dtype():
+    """bfloat16 where the processor or a GPU computes in it, float32 where it is emulated."""
+    path = Path("/proc/cpuinfo")
+    known = path.read_text(encoding="utf-8").split() if path.exists() else ()
+    fast = {"amx_bf16", "avx512_bf16"} & {*known} or torch.cuda.is_available()
+    return "bfloat16" if fast else "float32"
+
+
+FAST_DTYPE = fast_dtype()
+
+
 def machine():
     """dict of script, commit, hardware and software."""
     git = ["git", "describe", "--always", "--dirty", "--exclude=*"]

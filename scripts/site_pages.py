@@ -17,7 +17,8 @@ from scripts.report import outcomes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
-SHOWN = ("*.md", "LICENSE", "CITATION.cff", "Dockerfile", "docs/**/*", "results/**/*")
+FILES = ("LICENSE", "CITATION.cff", "Dockerfile")
+SHOWN = (*FILES, "*.md", "benchmarks/*.md", "docs/**/*", "results/**/*")
 WIDE = "---\nhide: [toc]\n---\n\n"  # a page without its table of contents
 ABOUT = """# Browse the results
 
@@ -83,7 +84,8 @@ def browse():
                 if len(entry["rows"]) > 1:
                     line = tasks.setdefault(task, {"task": task})
                     line[f"{folder}: {policy}"] = f"{success.mean():.3f}"
-    for path in sorted(RESULTS.rglob("*.jsonl")):
+    logs = [path for path in RESULTS.rglob("*.jsonl") if path.name != "machines.jsonl"]
+    for path in sorted(logs):
         name = path.relative_to(RESULTS).as_posix()
         lines = path.read_text(encoding="utf-8").splitlines()
         runs.append({"log": f"[{name}]({name})", **progress([json.loads(line) for line in lines])})

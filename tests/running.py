@@ -16,9 +16,8 @@ from common.simulation.env import SCENES
 from common.simulation.vec_env import CpuEnvs
 
 SCRIPTS = ("ppo", "grpo", "dpo", "sft")
-COMMON = (
-    "--model tiny --device cpu --num-iterations 2 --eval-every 2 --eval-episodes 3 --num-envs 4"
-)
+COMMON = "--model tiny --device cpu --dtype float32 --num-iterations 2 --eval-every 2 "
+COMMON += "--eval-episodes 3 --num-envs 4"
 SMALL = {
     "ppo": "--num-steps 4 --num-minibatches 4 --value-warmup-iterations 0",
     "grpo": "--num-steps 4 --group-size 2 --num-minibatches 2 --filter-low 0 --filter-high 1",

@@ -16,7 +16,7 @@ from common.model.checkpoints import choose_key, keys_of, load_vla, save_vla, tr
 from common.model.openvla import OpenVLA
 
 INSTRUCTIONS = ["put carrot on plate", "put banana on cloth"]
-PICTURES = np.random.default_rng(0).integers(0, 256, (2, 120, 160, 3), dtype=np.uint8)
+PICTURES = np.random.default_rng(0).integers(0, 256, (2, 60, 80, 3), dtype=np.uint8)
 INDEX, ADAPTER = "model.safetensors.index.json", "adapter_model.safetensors"
 
 
@@ -95,8 +95,7 @@ def test_lora_that_is_continued(tmp_path):
 
 
 def test_four_bits_are_close_and_learn(tmp_path):
-    """Stops matrices that are not quantised, trained ones that are, an adapter that is not saved,
-    and weights that acting rearranges, so that others are scored."""
+    """Stops matrices that are not quantised, and weights that acting rearranges for scoring."""
     pytest.importorskip("bitsandbytes")
     start = "checkpoints/tiny-warmup"
     exact = load_vla(start, dtype="bfloat16", lora_rank=4, freeze_vision=True)
@@ -107,8 +106,7 @@ def test_four_bits_are_close_and_learn(tmp_path):
     scored = model.evaluate_actions(PICTURES, INSTRUCTIONS, tokens)[0].sum(1)
     assert torch.allclose(scored, logprobs, atol=1e-3)
     scored.sum().backward()
-    assert {p.dtype for p in trainable_parameters(model)} == {torch.float32}
-    assert all(p.grad is not None for p in trainable_parameters(model))
+    assert {p.grad.dtype for p in trainable_parameters(model)} == {torch.float32}
     save_vla(disturb(model), tmp_path / "saved")
     assert same(outputs(load_vla(tmp_path / "saved", dtype="nf4")), outputs(model))
     refused("use LoRA", load_vla, start, dtype="nf4")

@@ -14,6 +14,7 @@ from mani_skill.trajectory import replay_trajectory
 from recorded_demos import record, recorded_demos
 from test_checkpoints import refused
 
+from common.model.checkpoints import load_vla
 from common.run.evaluate import run_episodes
 from common.simulation.episodes import evaluation_ids, held_out
 from demonstrations.expert import STEP_M, STEP_RAD, Expert, grasp, quantise
@@ -76,7 +77,7 @@ def test_what_is_recorded_is_read(tmp_path):
         for group in file.values():
             frames = group["obs/sensor_data/3rd_view_camera/rgb"]
             assert len(frames) == len(group["actions"]) + 1
-    assert data.images.shape == (len(data.actions), 120, 160, 3)
+    assert data.images.shape == (len(data.actions), 60, 80, 3)
     assert data.images.dtype == np.uint8 and data.images.std() > 20
     both = load_demos([recorded_demos()] * 2, num_demos=3)
     assert both.sources.tolist() == [0] * 3 + [1] * 3 and len(both.scenes) == 6
@@ -88,11 +89,24 @@ def test_what_is_recorded_is_read(tmp_path):
     path = tmp_path / "old/trajectory.json"
     header = json.loads(path.read_text())
     header["settings"] = {"task": "main", "split": "train", "fidelity": "fixed"}
-    for assets, scene in (("primitive", "small"), ("bridge", "published")):
+    for assets, size in (("bridge", [640, 480]), ("primitive", [160, 120])):
         header["settings"]["assets"] = assets
+        header["env_info"]["env_kwargs"] = {"image_size": size}
         path.write_text(json.dumps(header))
-        assert read_header(path.parent)["settings"]["scene"] == scene
-    assert load_demos(path.parent).episode_ids == load_demos(recorded_demos()).episode_ids
+        if assets == "bridge":
+            assert read_header(path.parent)["settings"]["scene"] == "published"
+    refused("160, 120", read_header, path.parent)
+
+
+def test_a_policy_s_successes_are_recorded(tmp_path):
+    """Stops failures among them, and the expert's actions in place of the policy's."""
+    start = "checkpoints/tiny-warmup"
+    record(tmp_path, checkpoint=start, num_demos=2, num_envs=16, max_episode_steps=40)
+    model, actions = load_vla(start, trainable=False), load_demos(tmp_path).actions
+    decoded = model.decode_actions(model.encode_actions(actions))
+    assert np.allclose(decoded, actions, atol=1e-6) and np.ptp(actions[:, 6]) > 0.5
+    with h5py.File(tmp_path / "trajectory.h5") as file:
+        assert all(group["success"][-5:].all() for group in file.values())
 
 
 def test_maniskill_replays_the_file(tmp_path):
@@ -109,14 +123,13 @@ def test_maniskill_replays_the_file(tmp_path):
 def test_mistakes_are_executed_but_not_imitated(tmp_path):
     """Stops labels with noise, which are the expert's clean answers, and blunders of no effect."""
     disturb = dict(action_noise=0.02, noise_probability=0.2, blunder_probability=0.04)
-    record(tmp_path, num_demos=3, num_envs=3, max_episode_steps=60, **disturb)
-    data = load_demos(tmp_path)
-    labels = data.actions
+    record(tmp_path, num_demos=6, num_envs=6, max_episode_steps=60, **disturb)
+    labels = (data := load_demos(tmp_path)).actions
     instructions, *parts = zip(*read_episodes(tmp_path), strict=True)  # lerobot gets the same
     assert list(instructions) == data.instructions
     assert all(map(np.array_equal, map(np.concatenate, parts), (labels, data.images)))
     with h5py.File(tmp_path / "trajectory.h5") as file:
-        groups = [file[f"traj_{k}"] for k in range(3)]
+        groups = [file[f"traj_{k}"] for k in range(6)]
         assert all(group["success"][-1] for group in groups)
         parts = [group["actions"][:] for group in groups]
     executed, lengths = np.concatenate(parts), [len(part) for part in parts]

@@ -24,8 +24,8 @@ def env():
 
 def move(env, *metres):
     """Put the object x, y, z metres from where it is, at rest."""
-    pose = env._pose("object").clone()
-    pose[:, :3] += torch.tensor(metres)
+    pose = env._pose("object").copy()
+    pose[:, :3] += metres
     env._teleport_object(pose, keep_velocity=False)
 
 
@@ -37,7 +37,8 @@ def test_nominal_pose_and_camera(assets):
     tcp = env.privileged_state()["tcp_pose"][0, :3]
     np.testing.assert_allclose(tcp, (-0.1451, 0.0341, 1.0053), atol=2e-4)
     camera = env.scene.sensors[CAMERA].camera
-    scaled = camera.get_intrinsic_matrix()[0].numpy() * [[4.0], [4.0], [1.0]]
+    scaled = camera.get_intrinsic_matrix()[0].numpy() * [[6.0], [6.0], [1.0]]
+    scaled[:2, 2] += env.view[:2]
     points = [[x, y, 0.87, 1.0] for x in (-0.235, -0.085) for y in (-0.075, 0.075)]
     points = np.array([[-0.185, 0.005, 0.87, 1.0], *points])
     rays = points @ camera.get_extrinsic_matrix()[0].numpy().T @ scaled.T
@@ -84,12 +85,12 @@ def judge(env, x=0.0, z=0.02, touch=0.0, grip=(0.0, 0.0, 0.0)):
 
     env.num_envs, env.device, env.fidelity = 1, torch.device("cpu"), "fixed"
     env.half = {"plate": np.array([[0.055, 0.055, 0.003]]), "object": np.full((1, 3), 0.017)}
-    pose = SimpleNamespace(raw_pose=torch.eye(7)[3:4])
-    links = [SimpleNamespace(sign=sign, pose=pose) for sign in (1.0, -1.0)]
+    links = [SimpleNamespace(sign=sign) for sign in (1.0, -1.0)]
     env.agent = SimpleNamespace(finger1_link=links[0], finger2_link=links[1])
     env.scene = SimpleNamespace(get_pairwise_contact_forces=force)
     env._for_selected = lambda which, function: function(which)
-    env._pose = lambda which: torch.tensor([[x, 0.0, z] if which == "object" else [0.0] * 3])
+    env._pose = lambda which: np.array([[x, 0.0, z] if which == "object" else [0.0] * 3])
+    env._pose_of = lambda link: np.eye(7)[3:4]
     return {key: value.item() for key, value in env.evaluate().items()}
 
 
@@ -171,7 +172,7 @@ def test_tasks_are_what_they_say(env):
         assert (names.count("object"), names.count("plate")) == (1, 1)
     picture = task("vision_image", "test", 12345).numpy()
     number = int(env.episodes.table[0])
-    tables = [env.pack.background(table, 160, 120) for table in (number, number % 16)]
+    tables = [env.pack.background(table, 80, 60, env.view) for table in (number, number % 16)]
     shares = [(picture == table).all(-1).mean() for table in tables]
     assert number >= 16 and shares[0] > 0.5 > shares[1]
     for name, low, high in (("vision_texture05", 0.01, 0.5), ("vision_whole05", 0.9, 1.0)):
@@ -199,15 +200,15 @@ def test_object_moves_after_step_five(fidelity):
     env.reset(options={"episode_ids": [4242]})
 
     def at_third():
-        offset = env._pose("object")[0, :2].numpy() - env.episodes.third_xyz[0, :2]
+        offset = env._pose("object")[0, :2] - env.episodes.third_xyz[0, :2]
         return np.linalg.norm(offset) < 0.03
 
     for step in range(1, 6):
         env.step(IDLE)
         assert at_third() == (step == 5)
-    height = env._pose("object")[0, 2].item() - env.object_rest_pose[0, 2].item()
+    height = env._pose("object")[0, 2] - env.object_rest_pose[0, 2]
     assert (height > 0.03) == (fidelity == "published")  # published: seen in mid-air
-    env._teleport_object(env.object_rest_pose.clone(), keep_velocity=False)
+    env._teleport_object(env.object_rest_pose, keep_velocity=False)
     env.get_info()
     assert at_third() == (fidelity == "published")  # its evaluate() has the side effect
     env.step(IDLE)
@@ -217,14 +218,15 @@ def test_object_moves_after_step_five(fidelity):
 
 def test_batched_selection_of_bodies():
     """Stops the batched (GPU) path from mixing up environments: 64 of them, 25 bodies."""
-    indices, values = np.random.default_rng(0).integers(0, 25, 64), torch.randn(25, 64, 7)
+    rng = np.random.default_rng(0)
+    indices, values = rng.integers(0, 25, 64), rng.normal(size=(25, 64, 7))
     env = object.__new__(PutOnReceptacleEnv)
     env._in_play = {("object", k): values[k] for k in range(25)}
     env.num_envs, env.device = 64, torch.device("cpu")
     env.episodes = SimpleNamespace(object=indices)
     env.scene = SimpleNamespace(gpu_sim_enabled=True)
     picked = env._for_selected("object", lambda value: value)
-    assert all(torch.equal(picked[i], values[indices[i], i]) for i in range(64))
+    assert all(np.array_equal(picked[i], values[indices[i], i]) for i in range(64))
 
 
 @pytest.mark.gpu

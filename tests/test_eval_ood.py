@@ -29,8 +29,7 @@ WARMUP = Path(__file__).parent.parent / "checkpoints/tiny-warmup"
 ALIKE = "main single main_carrot main_image carrot plate position ee_pose instruct".split()
 
 
-def scenes(task, ids):
-    """What the ids stand for, however the task numbers them."""
+def scenes(task, ids):  # what the ids stand for, however the task numbers them
     e = decode(task, "train", ids)
     columns = [e.object, e.plate, e.table, e.object_xyz, e.plate_xyz, e.object_quat]
     return set(map(tuple, np.column_stack(columns).round(4).tolist()))
@@ -103,13 +102,11 @@ def test_which_checkpoint_its_name_and_settings(tmp_path, monkeypatch):
     assert short_names(["/a/best-000010", "tiny/"]) == ["a-best-000010", "tiny"]
 
 
-REFUSED = """--policy model; --policy zero zero; --policy gone.py:act; --policy eval_ood.py
-    --policy ws://127.0.0.1:1; --policy ws://127.0.0.1:99999; --policy zero --num-episodes 0
-    --policy zero --num-envs 15; --policy zero --num-envs 0; --policy zero --tasks noise_weka
-    --policy zero --temperature -1; --policy zero --num-episodes 5000; --checkpoint tiny ./tiny
-    --checkpoint tiny --unnorm-key other; --checkpoint runs/no-such-run; --checkpoint OPENVLA
-    --checkpoint WARMUP --scene published; --policy zero --seed 4294967296
-    --checkpoint WARMUP OTHER-SCENE"""
+REFUSED = """--policy model; --policy zero zero; --policy gone.py:act; --policy ws://127.0.0.1:1
+    --policy zero --num-episodes 0; --policy zero --num-envs 15; --policy zero --tasks noise_weka
+    --policy zero --num-episodes 5000; --checkpoint tiny ./tiny; --checkpoint runs/no-such-run
+    --checkpoint tiny --unnorm-key other; --checkpoint WARMUP --scene published
+    --checkpoint OPENVLA; --checkpoint WARMUP OTHER-SCENE"""
 NAMED = {"published": "bridge", "OPENVLA": "--scene", "OTHER-SCENE": "cuda"}
 
 
@@ -136,7 +133,7 @@ def test_actions_do_not_depend_on_num_envs():
         seeds = range(first, min(first + num_envs, 40))
         policy = eval_ood.make_policy(settings, model, None, seeds, None)
         texts = [f"put {'big ' * (n % 3)}carrot on plate" for n in seeds]
-        pictures = [np.random.default_rng(n).integers(256, size=(120, 160, 3)) for n in seeds]
+        pictures = [np.random.default_rng(n).integers(256, size=(60, 80, 3)) for n in seeds]
         actions[num_envs].extend(policy(np.array(pictures, np.uint8), texts, np.arange(len(seeds))))
     assert len(np.unique(actions[16], axis=0)) > 30
     assert np.array_equal(actions[16], actions[32]) and np.array_equal(actions[16], actions[48])

@@ -232,8 +232,8 @@ def test_minibatches_and_what_ends_an_update(monkeypatch):
 ])  # fmt: skip
 def test_critics_and_their_warmup(train, critic, warmup):
     """Stops a critic that does not learn, and a warm-up that trains the policy."""
-    flags = f"--name run --critic {critic} --value-warmup-iterations {warmup} --eval-every 0"
-    run_dir = train("ppo", f"{flags} --num-iterations 1")
+    flags = f"--critic {critic} --value-warmup-iterations {warmup} --freeze-vision"
+    run_dir = train("ppo", f"{flags} --name run --eval-every 0 --num-iterations 1")
     start = load_vla("tiny", freeze_vision=True, seed=1)
     before, after = start.state_dict(), weights_of(run_dir)
     moved = [name for name in after if not torch.equal(before[name], after[name])]

@@ -133,8 +133,6 @@ def test_statistics_presets_and_bad_data(monkeypatch):
         assert list(model.config.norm_stats) == [model.unnorm_key] == ["cleanvla"]
         ranges = model.config.norm_stats["cleanvla"]["action"]
         assert np.allclose(ranges["q01"][:6], -np.array(ranges["q99"][:6])) == symmetric
-    updates = {name: (p.num_iterations * p.num_updates, p.augment) for name, p in PRESETS.items()}
-    assert updates["warmup"] == (2000, True) and updates["baseline"] == (60000, False)
     assert [p.statistics for p in PRESETS.values()] == ["symmetric", "model", "quantiles"]
     refused("val_demos = 10", start, args_of("--val-demos 10"))
     refused("scene = small", sft_vla.main, args_of("--scene published --eval-every 0"))

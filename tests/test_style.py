@@ -147,7 +147,6 @@ def test_documented_commands_parse(capsys):
 def test_every_logged_key_is_documented():
     """Stops metrics that nobody can interpret: each key stands in docs/metrics.md."""
     texts = [path.read_text() for glob in ("*.py", "common/**/*.py") for path in ROOT.glob(glob)]
-    # stats.add("name", ...) gets its prefix later
     pattern = rf"""{METRIC}|(?:stats|means)\.add\(["'](\w+)["']"""
     keys = {a or b for text in texts for a, b in re.findall(pattern, text, re.I)}
     assert {"charts/SPS", "losses/first_ratio_gap", "policy_loss", "cross_entropy"} <= keys

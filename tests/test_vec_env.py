@@ -151,7 +151,7 @@ class Batch:  # stands for a batched environment on a GPU
         self.steps += 1
         info = dict.fromkeys(vec_env.SCALARS, torch.tensor(self.begun[-1]) % 2 == 0)
         info["elapsed_steps"] = torch.full((3,), self.steps)
-        obs = {"sensor_data": {CAMERA: {"rgb": torch.zeros(3, 120, 160, 3)}}}
+        obs = {"sensor_data": {CAMERA: {"rgb": torch.zeros(3, 60, 80, 3)}}}
         return obs, torch.ones(3), None, None, info
 
 

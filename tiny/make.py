@@ -1,4 +1,4 @@
-"""Write tokenizer.json and config.json of the embedded 1 M parameter model: `python -m tiny.make`.
+"""Write tokenizer.json and config.json of the embedded model of 1.4 M: `python -m tiny.make`.
 
 Its words are those of the benchmark's templates and names, digits, colours, simple shapes and
 punctuation; any other word becomes <unk>. The prompt's two constant pieces are one token each.
@@ -43,18 +43,16 @@ def main(folder=Path(__file__).parent):
     config = {
         "model_type": "openvla",
         "vision_backbone_id": "conv-stem",
-        "camera_size": [160, 120],  # pixels; other image sizes are resized to this, then cropped
-        "crop": [16, 26, 128, 106],  # left, top, right, bottom: where objects and gripper move
-        "stem": [[64, 4, 4], [128, 3, 2], [128, 3, 2]],  # convolutions: channels, kernel, stride
+        "camera_size": [80, 60],  # pixels; pictures of another size are refused
+        "stem": [[64, 4, 4], [128, 3, 2], [128, 3, 2]],  # to 5 x 4 tokens: channels, kernel, stride
         "stem_blocks": [4, 256, 3],  # on the image tokens: heads, MLP width, number of blocks
-        "image_tokens": 35,  # 7 x 5
         "n_action_bins": 256,
         "pad_to_multiple_of": 64,
         "text_config": {
             "vocab_size": BASE + 64,
             "hidden_size": 128,
             "intermediate_size": 344,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "max_position_embeddings": 256,

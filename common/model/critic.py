@@ -14,10 +14,10 @@ from common.simulation.env import STATE_SIZE
 class StateCritic(nn.Module):
     """Reads the simulator's state, which the policy never sees (Pinto et al. 2017)."""
 
-    def __init__(self, state_size, hidden=(256, 256)):
+    def __init__(self, state_size, width=256):
         super().__init__()
-        first, second = nn.Linear(state_size, hidden[0]), nn.Linear(*hidden)
-        self.layers = nn.Sequential(first, nn.GELU(), second, nn.GELU(), nn.Linear(hidden[1], 1))
+        layers = nn.Linear(state_size, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
+        self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
 
     def forward(self, obs, instructions, hidden, state):
         return self.layers(state)[:, 0]
@@ -30,12 +30,11 @@ class HiddenCritic(nn.Module):
         super().__init__()
         self.reads = reads
         self.head_l1 = nn.Linear(width * 7 if reads == "concat" else width, inner[0])
-        self.head_l2 = nn.Linear(*inner)
-        self.head_l3 = nn.Linear(inner[1], 1, bias=False)
+        self.head_l2, self.head_l3 = nn.Linear(*inner), nn.Linear(inner[1], 1, bias=False)
         for layer in self.children():
             nn.init.normal_(layer.weight, std=0.02)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.head_l1.bias)
+        nn.init.zeros_(self.head_l2.bias)
 
     def forward(self, obs, instructions, hidden, state):
         x = {"h0": hidden[:, 0], "hn": hidden[:, -1], "concat": hidden.flatten(1)}[self.reads]

@@ -131,8 +131,9 @@ class OpenVLA(PreTrainedModel):
         cache = DynamicCache() if cache is None else cache
         if queries > last:
             attn, early = top.self_attn, top.input_layernorm(x[:, :-last])
-            k = attn.k_proj(early).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
-            v = attn.v_proj(early).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+            shape = (*early.shape[:2], -1, attn.head_dim)
+            k = attn.k_proj(early).view(shape).transpose(1, 2)
+            v = attn.v_proj(early).view(shape).transpose(1, 2)
             k, _ = apply_rotary_pos_emb(k, k, *[part[:, :-last] for part in rotary])
             cache.update(k, v, attn.layer_idx)
         bias, rotary = bias[:, :, -last:], [part[:, -last:] for part in rotary]

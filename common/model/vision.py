@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.model.checkpoints import check
+
 # DINOv2 ViT-L/14 with CLS and 4 registers, SigLIP SO400M/14:
 # width, depth, heads, MLP width, tokens in front of the patches, mean and std of the pixels
 TOWERS = {
@@ -124,16 +126,15 @@ class ConvStem(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.camera = tuple(config.camera_size[::-1])  # height, width
-        self.crop = left, top, right, bottom = config.crop
-        self.size = (bottom - top, right - left)
-        stride = math.prod(stride for _, _, stride in config.stem)
-        tokens = (self.size[0] // stride) * (self.size[1] // stride)
+        check(not hasattr(config, "crop"), "a small model of an earlier version; use another")
+        self.size = cells = tuple(config.camera_size[::-1])  # height, width
         self.convs, self.unread, width = nn.ModuleList(), [], 3
         for channels, kernel, stride in config.stem:
             padding = (kernel - stride + 1) // 2
             self.convs.append(nn.Conv2d(width, channels, kernel, stride, padding))
+            cells = [(side + 2 * padding - kernel) // stride + 1 for side in cells]
             width = channels
+        tokens = math.prod(cells)
         self.width = self.inner = width
         # PyTorch's start shrinks the signal, and a position of 0.02 is not seen: both stop learning
         for conv in self.convs:
@@ -154,12 +155,7 @@ class ConvStem(nn.Module):
         return self.norm(x)
 
     def fit(self, images, dtype):
-        """Crop, after a resize where the image is not of the camera's size; stays uint8."""
-        if images.shape[1:] == (*self.size, 3):
-            return images
-        if images.shape[1:3] != self.camera:
-            pixels = images.permute(0, 3, 1, 2).float()
-            pixels = F.interpolate(pixels, self.camera, mode="bilinear", antialias=True)
-            images = pixels.round().to(torch.uint8).permute(0, 2, 3, 1)
-        left, top, right, bottom = self.crop
-        return images[:, top:bottom, left:right].contiguous()
+        """Pictures of the small scene, as they are; ValueError: others."""
+        size, wanted = tuple(images.shape[1:]), (*self.size, 3)
+        check(size == wanted, f"pictures are {size}, must be {wanted}; use --scene small")
+        return images

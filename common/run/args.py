@@ -15,6 +15,7 @@ import tyro
 from common.model.checkpoints import choose_key, locate
 from common.run.files import check, check_types, naming, read_json
 from common.simulation.env import SCENES, check_scene
+from scripts.provenance import FAST_DTYPE
 from scripts.renderer import check_simulator
 
 
@@ -26,6 +27,7 @@ class Run:
     seed: int = 1  # of training episodes, sampling, minibatches and new weights
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the model
     track: bool = False  # log to Weights & Biases too
+    keep_every: int = 0  # iterations between checkpoints that stay; 0 = only the latest stays
     eval_every: int = 10  # iterations between evaluations on held-out episodes; 0 = none
     eval_episodes: int = 64  # 64 episodes at 94 % success have the 95 % interval [85, 98]
 
@@ -33,7 +35,7 @@ class Run:
 @dataclass
 class Scene:
     task: str = "main"  # a row of common/simulation/tasks.py
-    scene: Literal["small", "published"] = "small"  # embedded bodies, or the study's own assets
+    scene: Literal["small", "published"] = "small"  # embedded bodies, or the paper's own assets
     sim_device: Literal["cpu", "cuda"] = "cpu"  # worker processes, or one batched GPU simulation
 
 
@@ -41,9 +43,9 @@ class Scene:
 class Model:
     model: str = "checkpoints/tiny-warmup"  # model or LoRA directory, hub id, or tiny (random)
     unnorm_key: str = ""  # action statistics; empty = the model's only ones
-    dtype: Literal["float32", "bfloat16", "nf4"] = "float32"  # of matmuls; nf4: 4-bit weights, too
+    dtype: Literal["float32", "bfloat16", "nf4"] = FAST_DTYPE  # of matmuls; nf4: 4-bit weights, too
     lora_rank: int = 0  # 0 = train all weights
-    freeze_vision: bool = True  # vision and projector are not trained
+    freeze_vision: bool = False  # vision and projector are not trained
     activation_checkpointing: bool = False  # less memory, updates about 30 % slower
 
 
@@ -51,9 +53,9 @@ class Model:
 FIXED = """preset name seed eval_episodes task scene sim_device model unnorm_key lora_rank
     freeze_vision critic num_envs num_steps group_size same_state num_trajectories num_updates
     batch_size demos num_demos val_demos drop_idle statistics""".split()
-MAY_BE_ZERO = """seed eval_every eval_episodes lora_rank reset_after_success learning_rate clip_low
-    value_learning_rate value_warmup_iterations vf_coef ent_coef gamma gae_lambda clip_coef
-    clip_high filter_low filter_high num_demos warmup_updates""".split()
+MAY_BE_ZERO = """seed keep_every eval_every eval_episodes lora_rank reset_after_success clip_low
+    learning_rate value_learning_rate value_warmup_iterations vf_coef ent_coef gamma gae_lambda
+    clip_coef clip_high filter_low filter_high num_demos warmup_updates""".split()
 AT_MOST_ONE = "gamma gae_lambda filter_high noise_probability blunder_probability".split()
 
 

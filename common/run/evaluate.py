@@ -11,7 +11,7 @@ from common.run.ranks import rank_and_world_size
 from common.simulation.episodes import evaluation_ids
 from scripts.pictures import write_video
 
-TEMPERATURE = 0.6  # of evaluations, the study's; never compare results across temperatures
+TEMPERATURE = 0.6  # of evaluations, the paper's; never compare results across temperatures
 OWN_SEED = 2**32  # of a run's own evaluations, beyond what --seed accepts
 
 
@@ -87,9 +87,7 @@ def evaluate(model, envs, task, num_episodes, video_stem=None, num_videos=2):
     metrics = episode_metrics([results], "eval/")
     successes = round(metrics["eval/success_at_end"] * num_episodes)
     metrics["eval/low"], metrics["eval/high"] = wilson(successes, num_episodes)
-    metrics["eval/episodes"] = num_episodes
-    metrics["time/eval_s"] = time.monotonic() - start
-    return metrics
+    return metrics | {"eval/episodes": num_episodes, "time/eval_s": time.monotonic() - start}
 
 
 def wilson(k, n):  # 95 % interval (low, high) of the success rate k / n

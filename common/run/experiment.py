@@ -154,9 +154,8 @@ class Experiment:
             print(" | ".join([begin, *parts, f"eta {timedelta(seconds=left)}"]), flush=True)
 
     def _evaluate(self):  # the best checkpoint is chosen here and on nothing else
-        stem = self.run_dir / "videos" / f"{self.iteration:06d}"
-        task = self.args.scene.task
-        metrics = evaluate(self.model, self.envs, task, self.run.eval_episodes, stem)
+        out = self.run_dir / "videos" / f"{self.iteration:06d}"
+        metrics = evaluate(self.model, self.envs, self.args.scene.task, self.run.eval_episodes, out)
         self.evaluations.append(metrics["eval/success_at_end"])
         if self.evaluations[-1] >= max(self.evaluations):
             self._save("best")
@@ -174,7 +173,7 @@ class Experiment:
             self.wandb.log(line, step=step)
 
     def _save(self, kind):
-        """Write <kind>-<iteration>, then remove the others of this kind."""
+        """Write <kind>-<iteration>, then remove the others of this kind that need not be kept."""
         if not self.enabled:
             return
         final = self.run_dir / f"{kind}-{self.iteration:06d}"
@@ -187,8 +186,9 @@ class Experiment:
 
         with naming(final, "it cannot be saved"):
             save_vla(self.model, final, add)
+        every = self.run.keep_every if kind == "checkpoint" else 0
         for other in self.run_dir.glob(f"{kind}-{NUMBER}"):
-            if other != final:
+            if other != final and not (every and int(other.name[-6:]) % every == 0):
                 shutil.rmtree(other)
 
     def close(self, curves=("train/success_at_end", "eval/success_at_end")):

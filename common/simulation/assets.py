@@ -3,6 +3,7 @@
   scripts/draw_tables.py, and the robot is the real WidowX with boxes in place of its meshes.
 - bridge: the published files, which scripts/fetch_assets.py downloads, under MS_ASSET_DIR/data."""
 
+import json
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ from scripts.asset_files import check_whole
 
 FRICTION = (1.0, 1.0, 0.0)  # static, dynamic, restitution of objects and receptacles
 FOLDER = Path(__file__).parent
+FULL_VIEW = (0, 0, 640, 480)  # of the published camera: left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,16 @@ class AssetPack:
     mixes: list[float]  # 21 weights of the textures: 0 for the first, else 1
     add_body: Callable  # (builder, "object" or "plate", index): its shapes, on an actor builder
     build_table: Callable  # (builder): the same, top at z = 0.870 m, and its pose
-    background: Callable  # (index, width, height): `_picture` of a table, no robot, no objects
+    background: Callable  # (index, width, height, view): `picture` of a table alone
     texture: Callable  # the same of noise
 
 
 @lru_cache(maxsize=256)
-def _picture(read, index, width, height):
-    """(height, width, 3) uint8, read-only."""
-    image = np.array(read(index).resize((width, height), Image.BILINEAR))
+def picture(read, index, width, height, view=FULL_VIEW):
+    """(height, width, 3) uint8, read-only: this view of the image that read(index) gives."""
+    image = read(index)
+    box = tuple(side * image.width / 640 for side in view)
+    image = np.array(image.resize((width, height), Image.BILINEAR, box=box))
     image.setflags(write=False)
     return image
 
@@ -56,7 +60,7 @@ def load_pack(name):
     """The pack "primitive" or "bridge"; ValueError: another name, or files that are not whole."""
     check(name in ("primitive", "bridge"), f"assets = {name!r}: use primitive or bridge")
     root = Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser()
-    return _primitive_pack() if name == "primitive" else _bridge_pack(root)
+    return primitive_pack() if name == "primitive" else _bridge_pack(root)
 
 
 # --- primitive ---
@@ -67,8 +71,9 @@ def load_pack(name):
 # Part, in mm about the origin, z up: shape and long axis; size (box: x y z; others: diameter,
 #   length over all); centre; colour; yaw in degrees.
 @cache
-def _primitive_pack():
-    rows = read_json(FOLDER / "primitive_pack.json")
+def primitive_pack(text=None):
+    """The pack that a JSON text like primitive_pack.json's describes; tables are the drawn ones."""
+    rows = json.loads(text) if text else read_json(FOLDER / "primitive_pack.json")
 
     def add_body(builder, kind, index):
         _, density, solid, seen = rows[f"{kind}s"][index]
@@ -94,7 +99,7 @@ def _primitive_pack():
 
     def reader(file):  # of a sheet with 3 rows of 7 pictures
         sheet = np.array(Image.open(FOLDER / file)).reshape(3, 120, 7, 160, 3)
-        return partial(_picture, lambda index: Image.fromarray(sheet[index // 7, :, index % 7]))
+        return partial(picture, lambda index: Image.fromarray(sheet[index // 7, :, index % 7]))
 
     urdf = str(FOLDER / "primitive_widowx.urdf")
     mixes = [0.0] + [1.0] * 20
@@ -170,7 +175,7 @@ def _bridge_pack(root):
         builder.initial_pose = sapien.Pose([2.0634, 2.8313, 0.0])
 
     def reader(paths):  # as published, an alpha channel is dropped, not blended
-        return partial(_picture, lambda index: Image.open(paths[index]).convert("RGB"))
+        return partial(picture, lambda index: Image.open(paths[index]).convert("RGB"))
 
     mixes = [float(row["mix"]) for row in tables.values()]
     functions = add_body, build_table, reader(photos), reader(textures)

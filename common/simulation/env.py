@@ -1,8 +1,6 @@
 """The benchmark scene as one ManiSkill environment: a WidowX puts an object on a receptacle.
-Scene, robot, reset, success and reward follow the RL4VLA benchmark (Liu et al. 2025). Departures:
-on a CPU an episode is fixed by its id alone, because the arm is reset before the objects settle and
-only the bodies in play are in the scene (theirs: all 25 objects); and `fidelity="fixed"` moves the
-object of `position_change` once, at rest. Metres, newtons, quaternions wxyz; B environments."""
+All follows the RL4VLA benchmark (Liu et al. 2025), but that on a CPU the arm is reset before the
+objects settle and only bodies in play are there. Metres, newtons, quaternions wxyz; B episodes."""
 
 from functools import partial
 
@@ -20,13 +18,13 @@ from common.simulation.robot import INITIAL_QPOS, WidowX, quat_to_matrix
 from common.simulation.tasks import OBJECTS, composite, decode, instruction, num_configurations
 
 ENV_ID = "CleanVLA-PutOnReceptacle-v1"
-SCENES = {  # what moves together: the embedded scene, and the study's own
+SCENES = {  # the embedded one, the paper's; view: left, top, right, bottom in its 640x480 pixels
     "small": dict(
-        assets="primitive", image_size=(160, 120), sim_freq=250, solver_iterations=4,
-        max_episode_steps=40, fidelity="fixed", shader_pack="minimal"),
+        assets="primitive", image_size=(80, 60), view=(56, 80, 536, 440), sim_freq=100,
+        solver_iterations=4, max_episode_steps=40, fidelity="fixed", shader_pack="minimal"),
     "published": dict(
-        assets="bridge", image_size=(640, 480), sim_freq=500, solver_iterations=15,
-        max_episode_steps=80, fidelity="published", shader_pack="default"),
+        assets="bridge", image_size=(640, 480), view=(0, 0, 640, 480), sim_freq=500,
+        solver_iterations=15, max_episode_steps=80, fidelity="published", shader_pack="default"),
 }  # fmt: skip
 CONTROL_FREQ = 5  # Hz: a control step is 0.2 s
 CAMERA = "3rd_view_camera"
@@ -48,7 +46,7 @@ def check_scene(task, split, scene):
 
 
 class PutOnReceptacleEnv(BaseEnv):
-    """One episode is one id: `reset(options={"episode_ids": ids})`, ids (B,) int.
+    """One episode is one id: `reset(options={"episode_ids": (B,) int})`; "episodes": `Episodes`.
     Args: task, split: see tasks.py; the others are a row of SCENES. Nothing ends an episode:
         max_episode_steps is what `state_features` measures progress by.
     Observation: ManiSkill's rgb+segmentation, rgb composited over the table's photo:
@@ -61,13 +59,13 @@ class PutOnReceptacleEnv(BaseEnv):
 
     def __init__(self, *args, task="main", split="train", **settings):
         row = {key: settings.pop(key, default) for key, default in SCENES["small"].items()}
-        size, sim_freq = tuple(row["image_size"]), row["sim_freq"]
-        assert size[0] * 3 == size[1] * 4, f"image_size = {size} must be 4:3"
+        size, view, sim_freq = tuple(row["image_size"]), tuple(row["view"]), row["sim_freq"]
+        assert size[0] * (view[3] - view[1]) == size[1] * (view[2] - view[0])
         assert sim_freq % CONTROL_FREQ == 0, f"sim_freq = {sim_freq} is no multiple of 5 Hz"
-        self.pack, self.image_size = load_pack(row["assets"]), size
+        self.pack, self.image_size, self.view = load_pack(row["assets"]), size, view
         self.fidelity, self.max_episode_steps = row["fidelity"], row["max_episode_steps"]
         self.set_task(task, split)
-        look = dict(image_size=size, shader_pack=row["shader_pack"])
+        look = dict(image_size=size, view=view, shader_pack=row["shader_pack"])
         robot = type("PackWidowX", (WidowX,), dict(look, urdf_path=self.pack.robot_urdf))
         physics = dict(sim_freq=sim_freq, control_freq=CONTROL_FREQ, spacing=20)
         physics["scene_config"] = {"solver_position_iterations": row["solver_iterations"]}
@@ -113,9 +111,8 @@ class PutOnReceptacleEnv(BaseEnv):
         return actor
 
     def _bring_into_play(self, wanted):
-        """On a CPU: a new PhysX world with robot, table and the `wanted` (kind, index) bodies.
-        PhysX orders contacts by its world's past, and grasps amplify that to centimetres. A world
-        per episode (1 ms) makes an episode a function of its id alone."""
+        """On a CPU: a new PhysX world with robot, table and `wanted` (kind, index) bodies. PhysX
+        orders contacts by its world's past; in a new one (1 ms) an id alone fixes an episode."""
         for actor in self._in_play.values():
             actor._objs[0].remove_from_scene()
             del self.scene.actors[actor.name]
@@ -138,17 +135,16 @@ class PutOnReceptacleEnv(BaseEnv):
 
     # --- reset ---
     def _initialize_episode(self, env_idx, options):
-        if len(env_idx) != self.num_envs:
-            raise ValueError(f"{len(env_idx)} of {self.num_envs} environments: all settle at once")
+        right = len(env_idx) == self.num_envs
+        check(right, f"{len(env_idx)} of {self.num_envs} environments: all settle at once")
         gymnasium.Env.reset(self, seed=int(self._main_seed[0]))  # ManiSkill leaves this one out
-        ids = options.get("episode_ids")
-        if ids is None:
-            most = num_configurations(self.task, self.split, self.fidelity)
-            ids = self._batched_episode_rng.randint(min(most, 2**31 - 1))
-        ids = np.asarray(ids, dtype=np.int64).reshape(self.num_envs)
-        self.episodes = e = decode(self.task, self.split, ids, self.fidelity)
-        spawns = [("object", e.object, e.object_xyz, e.object_quat)]
-        spawns.append(("plate", e.plate, e.plate_xyz, e.plate_quat))
+        most = num_configurations(self.task, self.split, self.fidelity)
+        drawn = self._batched_episode_rng.randint(min(most, 2**31 - 1))
+        ids = np.asarray(options.get("episode_ids", drawn), np.int64).reshape(self.num_envs)
+        e = options.get("episodes") or decode(self.task, self.split, ids, self.fidelity)
+        self.episodes = e
+        spawns = [("object", e.object, e.object_xyz, e.object_quat),
+                  ("plate", e.plate, e.plate_xyz, e.plate_quat)]  # fmt: skip
         if e.third in ("object", "plate") and (e.third_index >= 0).any():
             spawns.append((e.third, e.third_index, e.third_xyz, e.third_quat))
         if not self.gpu_sim_enabled:
@@ -168,7 +164,7 @@ class PutOnReceptacleEnv(BaseEnv):
         robot.set_qpos(qpos)
         robot.set_qvel(torch.zeros_like(qpos))
         robot.set_joint_drive_targets(qpos, *joints)
-        self.object_rest_pose = self._pose("object").clone()
+        self.object_rest_pose = self._pose("object")
         self._measure_bodies()
         self._grasp_count = np.zeros(self.num_envs, dtype=int)
         self._ever = dict.fromkeys(("grasped", "held", "success"), np.zeros(self.num_envs, bool))
@@ -198,40 +194,51 @@ class PutOnReceptacleEnv(BaseEnv):
 
     def _load_images(self):
         """Table photos and textures (B, H, W, 3), and the weights (B,) of the textures."""
-        e, pack, size = self.episodes, self.pack, self.image_size
-        photos = np.stack([pack.background(int(k), *size) for k in e.table])
-        self.backgrounds = self.textures = torch.as_tensor(photos, device=self.device)
+        e, pack = self.episodes, self.pack
+
+        def load(picture, indices):
+            pictures = [picture(k, *self.image_size, self.view) for k in indices]
+            return torch.as_tensor(np.stack(pictures), device=self.device)
+
+        self.backgrounds = self.textures = load(pack.background, e.table)
         if e.composite != "plain":
-            textures = np.stack([pack.texture(int(k), *size) for k in e.texture])
-            self.textures = torch.as_tensor(textures, device=self.device)
-        self.mix = torch.tensor([pack.mixes[int(k)] for k in e.texture], device=self.device)
+            self.textures = load(pack.texture, e.texture)
+        self.mix = torch.tensor([pack.mixes[k] for k in e.texture], device=self.device)
 
     # --- state of the bodies in play ---
     def _for_selected(self, which, function):
-        """`function(actor) -> (B, ...)` of each environment's own "object" or "plate"."""
+        """`function(actor) -> (B, ...)` array of each environment's own "object" or "plate"."""
         indices = getattr(self.episodes, which)
         if not self.gpu_sim_enabled:
             return function(self._in_play[which, int(indices[0])])
         used = np.unique(indices)
-        values = torch.stack([function(self._in_play[which, int(k)]) for k in used])
-        row = torch.as_tensor(np.searchsorted(used, indices), device=self.device)
-        return values[row, torch.arange(self.num_envs, device=self.device)]
+        values = np.stack([function(self._in_play[which, int(k)]) for k in used])
+        return values[np.searchsorted(used, indices), np.arange(self.num_envs)]
+
+    def _pose_of(self, body):
+        """(B, 7) float32 of an actor or a link; on a CPU without ManiSkill's small tensors."""
+        if self.gpu_sim_enabled:
+            return body.pose.raw_pose.cpu().numpy()
+        pose = getattr(body._objs[0], "entity", body._objs[0]).pose
+        return np.concatenate([pose.p, pose.q])[None]
 
     def _pose(self, which):
-        return self._for_selected(which, lambda actor: actor.pose.raw_pose)  # (B, 7)
+        return self._for_selected(which, self._pose_of)
+
+    def _force(self, body, other):
+        return self.scene.get_pairwise_contact_forces(body, other).cpu().numpy()  # (B, 3) newtons
 
     def _measure_bodies(self):
-        """Boxes (B, 2, 3): least and largest corner of the collision shapes in the frame of each.
-        Half extents (B, 3) in world axes; as published, the offset of the box is ignored."""
+        """Boxes (B, 2, 3) of collision shapes; half extents (B, 3) in world axes, offset ignored"""
         self.boxes, self.half = {}, {}
         for which, bodies in (("object", self.pack.objects), ("plate", self.pack.plates)):
             chosen = [bodies[k] for k in getattr(self.episodes, which)]
-            self.boxes[which] = np.array([(body.bbox_min, body.bbox_max) for body in chosen])
-            height, names = self._pose(which)[:, 2].min().item(), [body.name for body in chosen]
-            why = f"a {which} of {names} fell to z = {height:.2f} m; is its collision mesh whole?"
-            check(height > TABLE_M - 0.1, why)
-            half = (self.boxes[which][:, 1] - self.boxes[which][:, 0]) / 2
-            rotation = quat_to_matrix(self._pose(which)[:, 3:].cpu().numpy())
+            box = np.array([(body.bbox_min, body.bbox_max) for body in chosen])
+            z, names = self._pose(which)[:, 2].min(), [body.name for body in chosen]
+            why = f"a {which} of {names} fell to z = {z:.2f} m; is its collision mesh whole?"
+            check(z > TABLE_M - 0.1, why)
+            self.boxes[which], half = box, (box[:, 1] - box[:, 0]) / 2
+            rotation = quat_to_matrix(self._pose(which)[:, 3:])
             self.half[which] = (np.abs(rotation) @ half[:, :, None])[:, :, 0]
 
     def instructions(self):
@@ -242,33 +249,34 @@ class PutOnReceptacleEnv(BaseEnv):
 
     def privileged_state(self):
         """dict of arrays (B, ...) for experts and critics; never an input of the policy."""
-        arm, base = self.agent.controller.controllers["arm"], self.agent.robot.pose
-        tensors = dict(object_pose=self._pose("object"), plate_pose=self._pose("plate"))
-        tensors["tcp_pose"] = arm.ee_pose.raw_pose
-        tensors["tcp_target_pose"] = (base * arm._target_pose).raw_pose
-        tensors["base_pose"] = base.raw_pose
-        tensors["finger_qpos"] = self.agent.robot.get_qpos()[:, 6:8]
-        state = {key: value.detach().cpu().numpy().copy() for key, value in tensors.items()}
-        for which in ("object", "plate"):
-            state[f"{which}_bbox"] = self.boxes[which]
-            state[f"{which}_index"] = getattr(self.episodes, which)
-        return state
+        arm = self.agent.controller.controllers["arm"]
+        x, y, z, qw, qx, qy, qz = arm._target_pose.raw_pose.cpu().numpy().T
+        half_turn = [-x, -y, z, -qz, -qy, qx, qw]  # the base is turned by 180 degrees about z
+        target = np.stack(half_turn, axis=1)
+        target[:, :3] += np.float32(BASE_POSE[0])
+        fingers = self.agent.robot.get_qpos()[:, 6:8].cpu().numpy()
+        return dict(
+            object_pose=self._pose("object"), plate_pose=self._pose("plate"),
+            object_bbox=self.boxes["object"], plate_bbox=self.boxes["plate"],
+            object_index=self.episodes.object, plate_index=self.episodes.plate,
+            tcp_pose=self._pose_of(arm.ee_link), tcp_target_pose=target, finger_qpos=fingers,
+            base_pose=self._pose_of(self.agent.robot.links[0]))  # fmt: skip
 
     def state_features(self):
         """(B, STATE_SIZE) float32, what a state critic reads; progress, or no value is right."""
         s = self.privileged_state()
-        thing, plate, tcp = s["object_pose"], s["plate_pose"], s["tcp_pose"]
-        base = s["base_pose"][:, :3]
+        bodies = ("object", "plate", "tcp", "tcp_target", "base")
+        thing, plate, tcp, target, base = (s[f"{body}_pose"][:, :3] for body in bodies)
         metres = [
-            thing[:, :3] - tcp[:, :3], plate[:, :3] - thing[:, :3],
-            s["tcp_target_pose"][:, :3] - tcp[:, :3], thing[:, :3] - base, tcp[:, :3] - base,
+            thing - tcp, plate - thing, target - tcp, thing - base, tcp - base,
             s["object_bbox"].reshape(self.num_envs, 6), s["finger_qpos"]]  # fmt: skip
         # An object pushed through the table falls 300 m, and unbounded would drown a whole rollout
         decimetres = (10 * np.concatenate(metres, axis=1)).clip(-10, 10)
         flags = np.stack([self._ever["grasped"], self._ever["held"], self._success], axis=1)
         progress = self._elapsed_steps.cpu().numpy()[:, None] / self.max_episode_steps
         which = np.eye(NUM_OBJECTS)[s["object_index"]]
-        features = (decimetres, thing[:, 3:], tcp[:, 3:], flags, progress, which)
+        turns = s["object_pose"][:, 3:], s["tcp_pose"][:, 3:]
+        features = (decimetres, *turns, flags, progress, which)
         return np.concatenate(features, axis=1).astype(np.float32)
 
     # --- step ---
@@ -284,18 +292,19 @@ class PutOnReceptacleEnv(BaseEnv):
         if self.gpu_sim_enabled:
             self.scene._gpu_fetch_all()
         if self.fidelity == "fixed" and self._elapsed_steps[0] + 1 == self.episodes.move_at:
-            pose = self.object_rest_pose.clone()
-            pose[:, :2] = torch.as_tensor(self.episodes.third_xyz[:, :2])
+            pose = self.object_rest_pose.copy()
+            pose[:, :2] = self.episodes.third_xyz[:, :2]
             self._teleport_object(pose, keep_velocity=False)
         return action
 
     def _move_as_published(self):
         """The object falls from 13 cm and time goes on, in every evaluation at that step."""
         pose = np.concatenate([self.episodes.third_xyz, self.episodes.object_quat], axis=1)
-        self._teleport_object(torch.as_tensor(pose, device=self.device), keep_velocity=True)
+        self._teleport_object(pose, keep_velocity=True)
         self._simulate(MOVE_SUBSTEPS)
 
     def _teleport_object(self, pose, keep_velocity):
+        pose = torch.as_tensor(pose, device=self.device)
         for index in np.unique(self.episodes.object):
             actor = self._in_play["object", int(index)]
             chosen = torch.as_tensor(self.episodes.object == index, device=self.device)[:, None]
@@ -320,30 +329,27 @@ class PutOnReceptacleEnv(BaseEnv):
 
     def _grasped(self):
         """(B,) bool: both fingers press the object, about in the direction in which they close."""
-        force = self.scene.get_pairwise_contact_forces
         grasped = np.ones(self.num_envs, dtype=bool)
         for link, sign in ((self.agent.finger1_link, 1.0), (self.agent.finger2_link, -1.0)):
-            push = self._for_selected("object", partial(force, link)).cpu().numpy()  # (B, 3)
+            push = self._for_selected("object", partial(self._force, link))  # (B, 3)
             newtons = np.linalg.norm(push, axis=1)
             grasped &= newtons >= GRASP_FORCE_N
-            if not grasped.any():  # mostly so, and a link's pose is slow to read
+            if not grasped.any():  # mostly so
                 break
-            rotation = quat_to_matrix(link.pose.raw_pose[:, 3:].cpu().numpy())
+            rotation = quat_to_matrix(self._pose_of(link)[:, 3:])
             cosine = (push * sign * rotation[:, :, 1]).sum(1) / np.maximum(newtons, 1e-9)
             grasped &= cosine >= np.cos(np.deg2rad(GRASP_ANGLE_DEG))
         return grasped
 
     def _placed(self):
         """(B,) bool: the object is over the receptacle, close above it, and touches it."""
-        offset = self._pose("object")[:, :3] - self._pose("plate")[:, :3]
-        x, y, z = offset.cpu().numpy().T
+        x, y, z = (self._pose("object")[:, :3] - self._pose("plate")[:, :3]).T
         gap = z - self.half["plate"][:, 2] - self.half["object"][:, 2]
         placed = np.hypot(x, y) <= self.half["plate"].max(axis=1) + XY_MARGIN_M
         placed &= (z > 0) & (gap <= Z_MARGIN_M)
         if placed.any():
-            force = self.scene.get_pairwise_contact_forces
-            on_plate = lambda body: self._for_selected("plate", partial(force, body))  # noqa: E731
-            touch = self._for_selected("object", on_plate).cpu().numpy()
+            on_plate = lambda body: self._for_selected("plate", partial(self._force, body))  # noqa: E731
+            touch = self._for_selected("object", on_plate)
             placed &= np.linalg.norm(touch, axis=1) > CONTACT_FORCE_N
         return placed
 
@@ -380,5 +386,5 @@ def make_gym(scene="small", task="main", split="train", **settings):
     """For `gymnasium.make`: one environment in numpy, which its scene's step limit truncates."""
     check_scene(task, split, scene)
     env = make_env(**SCENES[scene] | settings, task=task, split=split)
-    limit = env.max_episode_steps
-    return gymnasium.wrappers.TimeLimit(CPUGymWrapper(env, ignore_terminations=True), limit)
+    env = CPUGymWrapper(env, ignore_terminations=True)
+    return gymnasium.wrappers.TimeLimit(env, env.unwrapped.max_episode_steps)

@@ -14,17 +14,17 @@ INITIAL_QPOS = (  # radians of waist, shoulder, elbow, forearm, wrist angle, wri
 
 
 class WidowX(base_env.WidowX250SBridgeDatasetFlatTable):
-    """ManiSkill's WidowX with the camera at any size and a fast controller on a CPU."""
+    """ManiSkill's WidowX; a subclass in env.py has image_size, shader_pack and view: see SCENES."""
 
     uid = "widowx250s_cleanvla"
-    image_size = (640, 480)
-    shader_pack = "default"
 
     @property
     def _sensor_configs(self):
         (camera,) = super()._sensor_configs
-        camera.intrinsic = camera.intrinsic * (self.image_size[0] / camera.width)
-        camera.intrinsic[2, 2] = 1.0
+        left, top, right, _ = self.view
+        camera.intrinsic = np.array(camera.intrinsic)
+        camera.intrinsic[:2, 2] -= left, top
+        camera.intrinsic[:2] *= self.image_size[0] / (right - left)
         camera.width, camera.height = self.image_size
         camera.shader_pack, camera.shader_config = self.shader_pack, None
         camera.__post_init__()

@@ -2,14 +2,7 @@
 Liu et al., "What Can RL Bring to VLA Generalization?", arXiv 2505.19789. To add a task, add a row
 to `TASKS`. An episode id is a mixed-radix number whose digits choose object, extra, plate, table,
 position and yaw, so an id alone fixes an episode. Quaternions are wxyz, lengths metres.
-
-fidelity="published" gives the study's episodes and pictures with their quirks, "fixed" mends them:
-1. multi_carrot, test. Published: the distractor is counted from the absolute object index, so in 9
-   of 72 pairs it is missing and the target lies at the third point. Fixed: within the split.
-2. multi_plate. Published: all 21 tables, which mixes unseen ones into its rows. Fixed: tables 0-15.
-3. instruct, test. Published: templates 1-16; 17-20 are never used. Fixed: templates 1-20.
-4. Textures. Published: resized to the largest foreground of the batch, then cropped, so a picture
-   depends on the other environments. Fixed: resized to the picture's own foreground."""
+fidelity="published" has the paper's quirks, which "fixed" mends: docs/benchmark.md."""
 
 import math
 from dataclasses import dataclass, replace
@@ -77,7 +70,7 @@ PUBLISHED = {  # columns that differ with fidelity="published"
     "instruct": dict(extras=(range(1), range(1, 17))),
 }
 
-# The study's table 1: row, dimension, task, split, success at the end of 192 episodes of SFT on
+# The paper's table 1: row, dimension, task, split, success at the end of 192 episodes of SFT on
 # 16k demonstrations, and of PPO
 REPORT_ROWS = (
     ("in_distribution", "id", "carrot", "train", 0.781, 0.938),
@@ -192,9 +185,9 @@ def _digits(task, split):
     for name in task.digits:
         choice = getattr(task, name + "s")[number]
         values[name] = position_set(choice) if name == "position" else np.array(choice)
-    third = task.extra in ("object", "plate") or task.move_at[number] is not None
-    right = not third or values["position"].shape[1] == 3
-    check(right, f"task {task.name}: a distractor or a jump needs positions TC or TP")
+    if task.extra in ("object", "plate") or task.move_at[number] is not None:
+        why = f"task {task.name}: a distractor or a jump needs positions TC or TP"
+        check(values["position"].shape[1] == 3, why)
     if task.extra in ("object", "plate"):
         values["extra"] = np.arange(1, len(values["extra"]))  # steps from target to distractor
     return values
@@ -229,7 +222,7 @@ def decode(task, split, episode_ids, fidelity="fixed"):
     extra[row.extra] = chosen["extra"]
     xyz, half_yaw = chosen["position"].astype(np.float32), np.deg2rad(chosen["yaw"]) / 2
     quat = np.stack([np.cos(half_yaw), none, none, np.sin(half_yaw)], axis=1).astype(np.float32)
-    upright = np.tile(np.array([1, 0, 0, 0], np.float32), (len(ids), 1))
+    upright = np.float32([[1, 0, 0, 0]] * len(ids))
     move_at = row.move_at[SPLITS.index(split)]
     third = "none" if move_at is None else "move_target"
     third_index, object_xyz = none - 1, xyz[:, 0]

@@ -260,7 +260,7 @@ class GpuEnvs(VectorEnv):
         self.set_task = self.env.set_task
 
     def _begin(self, ids):
-        check(len(ids) == self.active.sum(), f"{len(ids)} episodes: on a GPU all active ones begin")
+        check(len(ids) == self.active.sum(), f"{len(ids)} episodes: on a GPU all begin at once")
         # Where a stream is exhausted, another episode is repeated and not counted
         every = np.resize(list(ids.values()), self.num_envs)
         every[list(ids)] = list(ids.values())
