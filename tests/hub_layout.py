@@ -26,8 +26,7 @@ def whole_vocabulary(rows, info, arrays):
 
 
 def reference_tensors():
-    """config.json and tensors of the reference model under their published names, and the critic's.
-    Tensors that no output reads are zeros; of the vocabulary only the rows in use are recorded."""
+    """config.json and published tensors of the reference model, zeros where no output reads."""
     arrays, info = reference()
     config, tensors = dict(info["config"]), {}
     tiny = config.pop("tiny_timm_overrides")

@@ -73,9 +73,8 @@ def test_what_pays(env):
 
 
 def judge(env, x=0.0, z=0.02, touch=0.0, grip=(0.0, 0.0, 0.0)):
-    """`evaluate` of planted poses and forces. Half extents: plate 5.5 cm, object 1.7 cm.
-    x, z: metres from plate to object; touch: newtons between them; grip: newtons of one finger's
-    push, degrees between it and the closing direction, newtons of the other's."""
+    """`evaluate`, x and z metres from plate (half 5.5 cm) to object (1.7 cm), newtons of touch, and
+    grip: newtons of a finger's push, its degrees to the closing direction, newtons of the other."""
 
     def force(one, other):
         if other == "plate":

@@ -10,11 +10,13 @@ from running import COMMON, SMALL
 
 ROOT = Path(__file__).parent.parent
 BROKEN = "[...document.images].filter(image => !image.naturalWidth).map(image => image.src)"
+LOAD = """all => Promise.all(all.map(video => new Promise((done, fail) => Object.assign(video, {
+    oncanplay: done, onerror: () => fail(video.src), preload: "auto" }).load())))"""
 
 
 @pytest.mark.long
 def test_every_page_in_a_browser(tmp_path):
-    """Stops dead links, missing pictures, requests elsewhere, and pages wider than a telephone."""
+    """Stops dead links, broken pictures, videos, requests elsewhere, pages too wide for a phone."""
     api, faults = pytest.importorskip("playwright.sync_api"), []
     build = f"-m mkdocs build --strict --site-dir {tmp_path}"
     subprocess.run([sys.executable, *build.split()], cwd=ROOT, check=True)
@@ -32,6 +34,7 @@ def test_every_page_in_a_browser(tmp_path):
         page.on("console", lambda message: faults.append(message.text))
         for index in tmp_path.rglob("index.html"):
             page.goto(f"http://site/{index.relative_to(tmp_path)}")
+            page.eval_on_selector_all("video", LOAD)
             for width in (390, 1400):
                 page.set_viewport_size({"width": width, "height": 900})
                 wide = page.evaluate("document.documentElement.scrollWidth") - width

@@ -20,8 +20,7 @@ def test_doctor_with_and_without_vulkan(monkeypatch, capsys):
         monkeypatch.setenv(name, "/nowhere.json")
     with pytest.raises(RuntimeError, match="(?s)'cpu'.*ErrorIncompatibleDriver.*mesa-vulkan"):
         renderer.check_simulator("cpu")
-    assert doctor.main() == 1
-    assert "MISSING  simulation" in capsys.readouterr().out
+    assert doctor.main() == 1 and "MISSING  simulation" in capsys.readouterr().out
 
 
 def test_a_crash_and_a_missing_library_are_answers(monkeypatch, tmp_path):
