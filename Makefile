@@ -18,7 +18,7 @@ help:
 setup:
 	@VENV=$(VENV) bash scripts/setup.sh
 
-DEMO_ARGS ?= --num-envs 64 --num-iterations 4 --value-warmup-iterations 1 --no-anneal-lr
+DEMO_ARGS ?= --num-envs 64 --num-iterations 4 --value-warmup-iterations 1
 demo: setup
 	$(PY) ppo_vla.py $(DEMO_ARGS)
 

@@ -228,7 +228,7 @@ def main(args):
             "env_kwargs": scene | backend,
             "max_episode_steps": envs.max_episode_steps,
         },
-        "source_type": "motionplanning",
+        "source_type": "rl" if args.checkpoint else "motionplanning",  # ManiSkill's words
         "source_desc": f"CleanVLA's {args.checkpoint or 'closed-loop expert'}",
         "settings": settings,
         "counts": {"attempted": attempted, "rejected": rejected},
